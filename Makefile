@@ -1,0 +1,41 @@
+# make demo        install into .venv and run the demo
+# make test        install into .venv and run linters and tests (what CI runs)
+# make test-all    the same with the longer tests
+# make lint        linters only
+# make venv        install only
+#
+# PYTHON: the Python to start from (3.10 or newer); VENV: where to install.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10 python,\
+	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $(p))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint venv
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/nnUNetv2_cva demo
+
+# Two processes of one thread each: more threads than cores make OpenMP spin and everything crawl.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 or newer found. Install one, or say where: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
