@@ -1,0 +1,136 @@
+"""From voxels of a case to the voxels of a view. Trilinear, and no more work than the view's transform asks for.
+
+=================  ====================================================================================================
+crop and mirror    a copy
+scale              separable: linear interpolation axis by axis
+rotation           ``grid_sample``
+=================  ====================================================================================================
+
+``window`` says which voxels are needed, ``show`` makes the view of them. Half a voxel next to the border of a case lies
+beyond the outermost voxel centres: there scaled views extrapolate linearly, rotated ones repeat the outermost value.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunetv2_cva.views.geometry import Pair
+
+SLAB = 16  # planes of a rotated view at a time: bounds the memory for coordinates
+AIR_POINTS = 16  # per axis
+AIR_TOLERANCE = 0.2  # standard deviations of the case
+
+
+def window(pair: Pair, view: int) -> np.ndarray:
+    """(3, 2) integers: the box of the case that the view needs. Only that of a mere crop reaches out of the case."""
+    v = pair.views[view]
+    if _is_crop(pair, view):
+        return np.stack([v.begin, np.add(v.begin, v.extent)], axis=1)
+    if pair.rotation is None:
+        first, last = np.array([[n.min(), n.max()] for n, _ in _neighbours(pair, view)]).T
+    else:
+        matrix, shift = pair.to_case(view)
+        middle, reach = matrix @ np.divide(pair.size, 2) + shift, np.abs(matrix) @ (np.subtract(pair.size, 1) / 2)
+        first, last = np.floor(middle - reach - 0.5), np.floor(middle + reach - 0.5)
+    first = np.clip(first, 0, np.subtract(pair.shape, 1))
+    return np.stack([first, np.clip(last + 2, first + 1, pair.shape)], axis=1).astype(int)
+
+
+def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor, inside: Tensor) -> None:
+    """Write a view into ``out`` (C, I, J, K) float32, zeros outside the case, and where it is inside into ``inside``.
+
+    ``voxels`` (C, ...): those of ``box``, which is the view's ``window``.
+    """
+    inside.copy_(torch.from_numpy(pair.inside(view)))
+    if _is_crop(pair, view):
+        flips = tuple(slice(None, None, -1 if m else 1) for m in pair.views[view].mirrored)
+        np.copyto(out.numpy(), voxels[(slice(None), *flips)])
+        return
+    x = torch.from_numpy(np.ascontiguousarray(voxels))
+    if pair.rotation is None:
+        _rescale(x, box, pair, view, out)
+    else:
+        _rotate(x, box, pair, view, out)
+    out.mul_(inside)
+
+
+def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
+    """How much of the shared region is air, 0 to 1, looked up at some thousand points of it as view 0 sees them.
+
+    Looking at voxels that were read anyway, before they are resampled, costs a millisecond. Air is what lies within 0.2
+    of the region's 1 % quantile in every channel: images are normalised, so 0.2 standard deviations, which is more than
+    the noise of air. Where only the body was normalised, the background is not darker than it but exactly constant,
+    and so is the median of a region that is mostly background: what equals the median is air too.
+
+    Limits: the level of air is not known. Uniform tissue without noise counts as air (so does a constant region);
+    background that is neither dark nor constant, such as ghosting, does not.
+    """
+    matrix, shift = pair.to_case(0)
+    begin, end = pair.rois[0] * np.array(pair.size)
+    steps = (np.arange(AIR_POINTS) + 0.5) / AIR_POINTS
+    i, j, k = (b + (e - b) * steps for b, e in zip(begin, end, strict=True))
+    points = np.stack(np.meshgrid(i, j, k, indexing="ij"), -1).reshape(-1, 3) @ matrix.T + shift
+    points = points[((points >= 0) & (points < pair.shape)).all(1)]
+    if len(points) == 0:
+        return 1.0
+    where = np.clip(points.astype(int) - box[:, 0], 0, np.subtract(voxels.shape[1:], 1))
+    values = voxels[:, where[:, 0], where[:, 1], where[:, 2]]
+    dark, median = np.quantile(values, (0.01, 0.5), axis=1)[..., None]
+    air = (np.abs(values - dark) <= AIR_TOLERANCE) | (np.abs(values - median) <= 1e-4)
+    return float(air.all(0).mean())
+
+
+def _is_crop(pair: Pair, view: int) -> bool:
+    return pair.rotation is None and pair.views[view].extent == pair.size
+
+
+def _neighbours(pair: Pair, view: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per axis, for every plane of an unrotated view: the lower of the two case voxels it lies between and how far on.
+
+    At the border of the case the outermost two voxels serve, with a part below 0 or above 1.
+    """
+    matrix, shift = pair.to_case(view)
+    found = []
+    for axis in range(3):
+        position = matrix[axis, axis] * (np.arange(pair.size[axis]) + 0.5) + shift[axis] - 0.5
+        lower = np.clip(np.floor(position), 0, max(pair.shape[axis] - 2, 0)).astype(int)
+        found.append((lower, position - lower))
+    return found
+
+
+def _rescale(x: Tensor, box: np.ndarray, pair: Pair, view: int, out: Tensor) -> None:
+    """Axis by axis. Planes and rows are contiguous and mixed whole; along the last axis a matrix beats gathering."""
+    neighbours = [
+        (torch.from_numpy(lower - begin), torch.from_numpy(part).float())
+        for (lower, part), begin in zip(_neighbours(pair, view), box[:, 0], strict=True)
+    ]
+    for axis, (lower, part) in enumerate(neighbours[:2], start=1):
+        upper = (lower + 1).clamp(max=x.shape[axis] - 1)
+        part = part.reshape([-1] + [1] * (3 - axis))
+        x = torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), part)
+    lower, part = neighbours[2]
+    upper = (lower + 1).clamp(max=x.shape[3] - 1)
+    weights = x.new_zeros(x.shape[3], len(lower))
+    columns = torch.arange(len(lower))
+    weights.index_put_((lower, columns), 1 - part, accumulate=True)
+    weights.index_put_((upper, columns), part, accumulate=True)
+    torch.matmul(x, weights, out=out)
+
+
+def _rotate(x: Tensor, box: np.ndarray, pair: Pair, view: int, out: Tensor) -> None:
+    """grid_sample with coordinates that are sums of one term per axis, a slab of planes at a time."""
+    matrix, shift = pair.to_case(view)
+    extent = box[:, 1] - box[:, 0]
+    matrix = (2 / extent[:, None] * matrix)[::-1]  # to [-1, 1] over the box, last axis first
+    shift = (2 / extent * (shift - box[:, 0]) - 1)[::-1]
+    size = pair.size
+    i, j, k = (torch.from_numpy(np.multiply.outer(np.arange(n) + 0.5, m)).float() for n, m in zip(size, matrix.T, strict=True))
+    rows = (k + torch.from_numpy(shift.copy()).float()).reshape(1, -1) + j.repeat(1, size[2])  # (J, K * 3)
+    for begin in range(0, size[0], SLAB):
+        planes = i[begin : begin + SLAB]
+        grid = (planes.repeat(1, size[2])[:, None] + rows).view(1, len(planes), size[1], size[2], 3)
+        slab = F.grid_sample(x[None], grid, mode="bilinear", padding_mode="border", align_corners=False)
+        out[:, begin : begin + len(planes)] = slab[0]
