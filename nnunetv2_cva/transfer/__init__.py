@@ -1,0 +1,1 @@
+"""Weights from anywhere, made to fit any network that nnU-Net builds."""

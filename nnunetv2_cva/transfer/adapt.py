@@ -1,0 +1,239 @@
+"""Fill a network with weights that were made for another one: what is carried, what is adapted and how, what starts afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_cva.transfer.parts import (
+    PRIMUS,
+    Layout,
+    Role,
+    by,
+    canonical,
+    decoder_stages,
+    differences,
+    is_input_layer,
+    layout_of,
+    part_of,
+)
+from nnunetv2_cva.transfer.read import Source
+from nnunetv2_cva.transfer.resize import resized, token_grid
+
+Action = Literal["carried", "adapted", "fresh"]
+
+ENOUGH = 0.9  # of the encoder's parameters, and of its input layers'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the target, under all of its names. ``value`` is None where the target's own stays."""
+
+    keys: tuple[str, ...]
+    part: str
+    role: Role
+    action: Action
+    how: str  # of what is adapted; why something is fresh
+    parameters: int
+    value: Tensor | None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What happens to every tensor of a target, decided before anything is changed."""
+
+    source: Source
+    target: Layout
+    rows: tuple[Row, ...]
+    decoder: str  # keep or fresh
+    decoder_reason: str
+    unused: tuple[tuple[str, int], ...]  # parts of the file's encoder that the target has no place for, parameters
+
+    def share(self, *actions: str, rows: tuple[Row, ...] | None = None) -> float:
+        """How many of the encoder's parameters (or of ``rows``) are carried, adapted, fresh."""
+        rows = tuple(r for r in self.rows if r.role == "encoder") if rows is None else rows
+        total = sum(r.parameters for r in rows)
+        return sum(r.parameters for r in rows if r.action in actions) / total if total else 0.0
+
+    def refusal(self) -> str | None:
+        """Why these weights should not go into this target, or None."""
+        entry = tuple(r for r in self.rows if r.role == "encoder" and any(map(is_input_layer, r.keys)))
+        filled, first = self.share("carried", "adapted"), self.share("carried", "adapted", rows=entry)
+        if min(filled, first) >= ENOUGH:
+            return None
+        what = f"only {filled:.0%} of the target's encoder" if filled < ENOUGH else f"only {first:.0%} of its input layers"
+        causes = "; ".join(differences(self.source.layout, self.target)) or "the weights differ in shape or name"
+        hint = self.plans_hint()
+        return f"{self.source.path} fills {what} ({causes}){f'. {hint}' if hint else ''}"
+
+    def plans_hint(self) -> str | None:
+        """What to run where two U-Nets differ because their plans do, or None."""
+        if not any("stage" in d for d in differences(self.source.layout, self.target)):
+            return None
+        card = self.source.card
+        dataset, plans = (card.get("dataset") or {}).get("name"), (card.get("plans") or {}).get("plans_name")
+        return (
+            "The plans differ; to give the target those of the file, run nnUNetv2_move_plans_between_datasets "
+            f"-s {dataset or 'DATASET_OF_THE_FILE'} -sp {plans or 'ITS_PLANS'} -t TARGET, then preprocess the target with them"
+        )
+
+
+def match(
+    source: Source,
+    network: nn.Module,
+    view: tuple[int, ...],
+    decoder: str | None = None,
+    source_view: tuple[int, ...] | None = None,
+) -> Transfer:
+    """Decide about every tensor of ``network``, which was built for ``view``; nothing is changed yet.
+
+    ``decoder``: "keep" or "fresh", None: what the source says. The output layer is always the target's own.
+    ``source_view``: the extent the file's network was built for, where the file does not say it.
+
+    Raises:
+        ValueError: another architecture family, a stale alias in the file, or a position embedding of unknown grid.
+    """
+    state = network.state_dict(keep_vars=True)
+    target = layout_of(state)
+    _check_family(source, target)
+    chosen, reason = (decoder, "chosen") if decoder else source.decoder
+    assert chosen in ("keep", "fresh")
+    found = _Found(source)
+    transposed = {id(m.weight) for m in network.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
+    trained = {id(p) for p in network.parameters()}
+    stages = decoder_stages(state)
+    rows = []
+    for keys, tensor in _groups(state):
+        part, role = part_of(keys[0], stages)
+        value, how = found.take({canonical(k, stages) for k in keys}), ""
+        if role == "output":
+            value, how = None, "always the target's own"
+        elif role == "decoder" and chosen == "fresh":
+            value, how = None, reason
+        elif value is None:
+            how = "not in the file"
+        elif part == "position embedding" and value.shape[2] == tensor.shape[2]:
+            grids = _grids(source, target, network, view, source_view)
+            value, how = token_grid(value, *grids, registers=(source.layout.registers, target.registers))
+        else:
+            value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, any(map(is_input_layer, keys)))
+        action: Action = "fresh" if value is None else "adapted" if how else "carried"
+        rows.append(Row(keys, part, role, action, how, tensor.numel() if id(tensor) in trained else 0, value))
+    return Transfer(source, target, tuple(rows), chosen, reason, found.unused())
+
+
+def fill(network: nn.Module, transfer: Transfer) -> None:
+    """Write the decided values into ``network``. Every tensor is written once, by storage, so all of its names agree.
+
+    Raises:
+        ValueError: nothing of the encoder would be filled.
+    """
+    if not any(r.role == "encoder" and r.value is not None for r in transfer.rows):
+        raise ValueError(f"{transfer.source.path} fills nothing of the target's encoder: {transfer.refusal()}")
+    state = network.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for row in transfer.rows:
+            if row.value is not None:
+                state[row.keys[0]].copy_(row.value)
+
+
+def stock_obstacle(source: Source, network: nn.Module) -> str | None:
+    """Why nnU-Net's own loader would not take the file for ``network`` as it is, or None."""
+    if source.obstacle is not None:
+        return source.obstacle
+    for key, tensor in network.state_dict().items():
+        if ".seg_layers." in key:
+            continue
+        if key not in source.weights:
+            return f"{key} is missing"
+        if source.weights[key].shape != tensor.shape:
+            return f"{key} has shape {by(tuple(source.weights[key].shape))}, the target's {by(tuple(tensor.shape))}"
+    return None
+
+
+def _groups(state: dict[str, Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The tensors of a network, each with every name it has."""
+    groups: dict[int, list[str]] = {}
+    for key, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(key)
+    for keys in groups.values():
+        yield tuple(keys), state[keys[0]]
+
+
+class _Found:
+    """The file's tensors by canonical name, and which of them have been taken."""
+
+    def __init__(self, source: Source) -> None:
+        self.path = source.path
+        stages = decoder_stages(source.weights)
+        self.named: dict[str, list[tuple[str, Tensor]]] = {}
+        self.sizes: dict[str, tuple[str, int]] = {}
+        for key, value in source.weights.items():
+            name = canonical(key, stages)
+            self.named.setdefault(name, []).append((key, value))
+            part, role = part_of(name, stages)
+            if role == "encoder" and ".all_modules." not in name:
+                self.sizes[name] = part, value.numel()
+
+    def take(self, names: set[str]) -> Tensor | None:
+        """The one tensor that stands under ``names``.
+
+        Raises:
+            ValueError: there are several and they differ.
+        """
+        hits = [hit for name in sorted(names) for hit in self.named.get(name, ())]
+        for name in names:
+            self.sizes.pop(name, None)
+        if not hits:
+            return None
+        first_key, first = hits[0]
+        for key, value in hits[1:]:
+            same = value.shape == first.shape and (value.data_ptr() == first.data_ptr() or torch.equal(value, first))
+            if not same:
+                raise ValueError(
+                    f"{self.path} holds two versions of one layer: {first_key} and {key} must be the same tensor and differ. "
+                    "Whatever wrote this file has updated only one of them; remove the stale keys from it."
+                )
+        return first
+
+    def unused(self) -> tuple[tuple[str, int], ...]:
+        totals: dict[str, int] = {}
+        for part, size in self.sizes.values():
+            totals[part] = totals.get(part, 0) + size
+        return tuple(totals.items())
+
+
+def _check_family(source: Source, target: Layout) -> None:
+    family = source.layout.family
+    if family != target.family and not (family in PRIMUS and target.family in PRIMUS):
+        raise ValueError(f"{source.path} holds a {family}, the target is a {target.family}: nothing of one fits into the other.")
+
+
+def _grids(
+    source: Source, target: Layout, network: nn.Module, view: tuple[int, ...], given: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The grids of tokens that the position embeddings of file and target belong to."""
+    rope = getattr(network.eva, "rope", None)
+    there = tuple(rope.feat_shape) if rope is not None else tuple(n // s for n, s in zip(view, target.token_size, strict=True))
+    tokens = source.layout.tokens
+    for size in (given, source.view):
+        if size is None or len(size) != 3:
+            continue
+        here = tuple(n // s for n, s in zip(size, source.layout.token_size, strict=True))
+        if here[0] * here[1] * here[2] == tokens:
+            return here, there
+        if size is given:
+            raise ValueError(f"A patch size of {by(size)} has {by(here)} tokens, but {source.path} holds {tokens}.")
+    edge = round(tokens ** (1 / 3))
+    if tokens == there[0] * there[1] * there[2]:
+        return there, there
+    if edge**3 == tokens:
+        return (edge,) * 3, there
+    raise ValueError(
+        f"{source.path} does not say what patch size its position embedding of {tokens} tokens was made for. Pass it, for "
+        "example --source-patch-size 128 160 96."
+    )

@@ -1,0 +1,130 @@
+"""Where weights come from, as plain types: what every exported file carries and ``nnUNetv2_cva info`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_cva import __version__
+
+CITATIONS = {
+    "Consistent View Alignment": "Vaish, P., et al. (2025). Consistent View Alignment Improves Foundation Models for 3D Medical "
+    "Image Segmentation. arXiv preprint arXiv:2509.13846.",
+    "nnU-Net": "Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. (2021). nnU-Net: a self-configuring "
+    "method for deep learning-based biomedical image segmentation. Nature methods, 18(2), 203-211.",
+    "Residual Encoder U-Net": "Isensee, F., Wald, T., Ulrich, C., Baumgartner, M., Roy, S., Maier-Hein, K., & Jaeger, P. F. "
+    "(2024). nnU-Net Revisited: A Call for Rigorous Validation in 3D Medical Image Segmentation. arXiv preprint "
+    "arXiv:2404.09556.",
+    "Primus": "Wald, T., Roy, S., Isensee, F., Ulrich, C., Ziegler, S., Trofimova, D., et al. (2025). Primus: Enforcing "
+    "Attention Usage for 3D Medical Image Segmentation. arXiv preprint arXiv:2503.01835.",
+}
+
+
+def plain(value: Any) -> Any:
+    """``value`` with lists instead of tuples, Python numbers instead of NumPy's, and text instead of anything else."""
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, (str, int)) else str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(v) for v in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def configuration_of(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration of a plans file with what it inherits.
+
+    Raises:
+        ValueError: there is no such configuration; names those that exist.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    if name not in plans["configurations"]:
+        raise ValueError(
+            f"Plans {plans.get('plans_name')} have no configuration {name!r}. Found: {', '.join(plans['configurations'])}."
+        )
+    try:
+        return PlansManager(deepcopy(plans)).get_configuration(name).configuration
+    except RuntimeError as e:  # circular inheritance
+        raise ValueError(f"Plans {plans.get('plans_name')}: {e}") from None
+
+
+def from_training(
+    content: Mapping[str, Any], plans: dict[str, Any] | None, configuration: str | None, dataset_json: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The card of a checkpoint that a trainer of ours or of nnU-Net has written."""
+    ours = content.get("cva", {})
+    history = ours.get("history") or []
+    logged = content.get("logging") or {}
+    card: dict[str, Any] = {
+        "trainer": content.get("trainer_name"),
+        "version": f"nnunetv2_cva {ours['version']}" if "version" in ours else None,
+        "epochs": content.get("current_epoch"),
+        "metrics": history[-1] if history else {k: v[-1] for k, v in logged.items() if isinstance(v, list) and v},
+        "config": ours.get("config"),
+        "plans": plans,
+        "configuration": configuration,
+    }
+    if plans is not None and configuration is not None:
+        found = configuration_of(plans, configuration)
+        card["spacing"] = found.get("spacing")
+        card["normalization_schemes"] = found.get("normalization_schemes")
+        card["view_size"] = found.get("patch_size")
+    data = dataset_json or {}
+    card["dataset"] = {
+        "name": (plans or {}).get("dataset_name") or data.get("name"),
+        "cases": data.get("numTraining"),
+        "channel_names": data.get("channel_names") or data.get("modality"),
+        "reference": data.get("reference"),
+    }
+    card["licence"] = data.get("licence") or data.get("license")
+    return plain(card)
+
+
+def from_nnssl(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The card of a checkpoint of nnssl, OpenMind or the SSL3D challenge."""
+    adaptation = content["nnssl_adaptation_plan"]
+    plan = adaptation.get("pretrain_plan") or {}
+    configurations = plan.get("configurations") or {}
+    name = next(iter(configurations), None)
+    found = configurations.get(name) or {}
+    return plain(
+        {
+            "trainer": content.get("trainer_name"),
+            "plans": plan,
+            "configuration": name,
+            "spacing": found.get("spacing"),
+            "normalization_schemes": found.get("normalization_schemes"),
+            "view_size": adaptation.get("pretrain_patch_size")
+            or found.get("patch_size")
+            or adaptation.get("recommended_downstream_patchsize"),
+            "dataset": {"name": plan.get("dataset_name")},
+            "citations": content.get("citations"),
+        }
+    )
+
+
+def completed(card: Mapping[str, Any], family: str, branch: str, file: Path, licence: str | None) -> dict[str, Any]:
+    """The card as an exported file carries it: which weights of which file, under which licence, what to cite."""
+    methods = ["nnU-Net"]
+    if card.get("config") is not None:
+        methods.insert(0, "Consistent View Alignment")
+    methods += ["Residual Encoder U-Net"] if family == "residual U-Net" else ["Primus"] if "Primus" in family else []
+    known = [{"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods]
+    reference = (card.get("dataset") or {}).get("reference")
+    if reference:
+        known.append({"type": "Dataset", "name": card["dataset"].get("name"), "apa_citations": [reference]})
+    return plain(
+        {
+            **card,
+            "branch": branch,
+            "file": file.name,
+            "licence": licence or card.get("licence") or "not stated",
+            "citations": card.get("citations") or known,
+            "exported_with": f"nnunetv2_cva {__version__}",
+        }
+    )

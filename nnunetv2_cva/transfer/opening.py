@@ -1,0 +1,60 @@
+"""Checkpoint files, opened without executing anything in them."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def opened(path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU. NumPy scalars, which nnU-Net's own checkpoints hold, are allowed.
+
+    Raises:
+        ValueError: missing, truncated, no checkpoint, or it needs code to be executed and is not trusted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
+    try:
+        content = _load(path, trust)
+    except pickle.UnpicklingError as e:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if wanted is None:
+            raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.") from None
+        raise ValueError(
+            f"{path} holds {wanted.group(1)}, which is code and not only weights; opening it may execute anything. If you trust "
+            "where the file comes from, pass --trust."
+        ) from None
+    except (KeyError, IndexError):  # of the unpickler, in the middle of nowhere
+        raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.") from None
+    except (RuntimeError, EOFError, OSError, ValueError, ImportError, AttributeError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint: expected a dictionary, found {type(content).__name__}.")
+    return content
+
+
+def _load(path: Path, trust: bool) -> Any:
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
+    if trust:
+        return torch.load(path, weights_only=False, **options)
+    allow = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5; before it, such files need --trust
+    with allow(_numpy_scalars()) if allow is not None else nullcontext():
+        return torch.load(path, weights_only=True, **options)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled NumPy scalar consists of, under the names of NumPy 1 and 2."""
+    module = importlib.import_module("numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray")
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
+    return [*((module.scalar, name) for name in names), np.dtype, *kinds]

@@ -1,0 +1,148 @@
+"""The network to be filled: built by nnU-Net's own code from a dataset, its plans and a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunetv2_cva.transfer.card import configuration_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """What decides about a network, and everything that nnU-Net needs to build it."""
+
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    trainer: Any  # a class
+
+    def __post_init__(self) -> None:
+        configuration_of(self.plans, self.configuration)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration with what it inherits."""
+        return configuration_of(self.plans, self.configuration)
+
+    @property
+    def view(self) -> tuple[int, ...]:
+        """The extent that the network is built for."""
+        return tuple(self.settings["patch_size"])
+
+    @property
+    def label(self) -> str:
+        """How the target is called in tables and messages."""
+        return f"{self.plans['dataset_name']}, {self.configuration}, {self.plans['plans_name']}, {self.trainer.__name__}"
+
+    def build(self) -> nn.Module:
+        """The network on the CPU, initialised by nnU-Net, the same at every call.
+
+        A pretraining trainer has the network of its ``backbone_trainer`` with as many outputs as inputs.
+
+        Raises:
+            ValueError: nnU-Net refuses to build it; says why.
+        """
+        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans = PlansManager(self.plans)
+        settings = plans.get_configuration(self.configuration)
+        channels = determine_num_input_channels(plans, settings, self.dataset_json)
+        pretraining = getattr(self.trainer, "backbone_trainer", None)
+        outputs = channels if pretraining else plans.get_label_manager(self.dataset_json).num_segmentation_heads
+        builder = (pretraining or self.trainer).build_network_architecture
+        if "plans_manager" in inspect.signature(builder).parameters:
+            arguments: tuple[Any, ...] = (plans, settings, channels, outputs, pretraining is None)
+        else:  # the signature before nnU-Net 2.8, which it still accepts
+            architecture = (settings.network_arch_class_name, settings.network_arch_init_kwargs)
+            arguments = (*architecture, settings.network_arch_init_kwargs_req_import, channels, outputs, pretraining is None)
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            torch.manual_seed(0)
+            try:
+                return builder(*arguments).cpu()
+            except Exception as e:
+                reason = str(e) or "no reason given (a Primus needs a patch_size divisible by 8)"
+                raise ValueError(
+                    f"{self.trainer.__name__} cannot build its network for patch_size {list(self.view)} of "
+                    f"{self.configuration} in {self.plans['plans_name']}: {reason}"
+                ) from None
+
+
+def find_target(dataset: str, configuration: str, plans: str, trainer: str) -> Target:
+    """The target as ``nnUNetv2_train`` would find it.
+
+    Raises:
+        ValueError: unknown dataset, not planned, no such configuration, unknown trainer; says what to do.
+    """
+    folder = _dataset_folder(dataset)
+    file = folder / f"{plans}.json"
+    if not file.is_file():
+        others = sorted(p.stem for p in folder.glob("*.json") if "configurations" in _read_json(p))
+        raise ValueError(
+            f"{folder.name} has no plans {plans!r} in {folder}. Found: {', '.join(others) or 'none'}. To plan it: "
+            f"nnUNetv2_plan_and_preprocess -d {int(folder.name[7:10])}"
+        )
+    if not (folder / "dataset.json").is_file():
+        raise ValueError(f"{folder} has no dataset.json; nnU-Net's preprocessing copies it there.")
+    content = _read_json(file)
+    if configuration not in content.get("configurations", {}):
+        found = ", ".join(content.get("configurations", {}))
+        raise ValueError(f"{file} has no configuration {configuration!r}. Found: {found or 'none'}.")
+    return Target(content, configuration, _read_json(folder / "dataset.json"), trainer_class(trainer))
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's look-up by name (8 to 10 s, unless it is the default trainer).
+
+    Raises:
+        ValueError: unknown trainer.
+    """
+    if name == "nnUNetTrainer":
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+        return nnUNetTrainer
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError, ImportError) as e:
+        hint = f"nnU-Net failed to look for it ({e})" if isinstance(e, ImportError) else "nnU-Net knows no such class"
+        raise ValueError(
+            f"Unknown trainer {name!r}: {hint}. Own trainers must be in nnUNet_extTrainer (now "
+            f"{os.environ.get('nnUNet_extTrainer') or 'not set'}); for ours: nnUNetv2_cva hook install"
+        ) from None
+
+
+def _dataset_folder(dataset: str) -> Path:
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise ValueError("nnUNet_preprocessed is not set: nnU-Net finds its datasets by it.")
+    name = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
+    found = [p for p in sorted(Path(root).glob(name)) if p.is_dir()]
+    if not found:
+        raise ValueError(
+            f"No dataset {dataset} in {root}: it is not planned. Expected a number, or a name like Dataset004_Hippocampus; "
+            f"nnUNetv2_plan_and_preprocess -d {dataset} makes the folder."
+        )
+    if len(found) > 1:
+        raise ValueError(f"Dataset {dataset} is ambiguous in {root}: {', '.join(p.name for p in found)}.")
+    return found[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
+    return content if isinstance(content, dict) else {}

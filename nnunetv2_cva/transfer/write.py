@@ -1,0 +1,97 @@
+"""Files for nnU-Net: written whole or not at all, and loaded back with nnU-Net's own loader before they get their name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunetv2_cva.transfer.adapt import Transfer
+from nnunetv2_cva.transfer.card import completed, plain
+from nnunetv2_cva.transfer.read import AGAIN
+from nnunetv2_cva.transfer.target import Target
+
+
+def write_for_nnunet(
+    path: str | Path, network: nn.Module, transfer: Transfer, target: Target, licence: str | None = None
+) -> None:
+    """Write ``network``, filled by ``transfer``, as a file for stock ``nnUNetv2_train -pretrained_weights``.
+
+    Raises:
+        ValueError: the file cannot be written, or does not come back the same; then nothing is written.
+    """
+    source = transfer.source
+    content = {
+        "network_weights": network.state_dict(),
+        "init_args": {
+            "plans": plain(target.plans),
+            "configuration": target.configuration,
+            "fold": None,
+            "dataset_json": plain(target.dataset_json),
+        },
+        "trainer_name": target.trainer.__name__,
+        "inference_allowed_mirroring_axes": None,
+        "pretraining": completed(source.card, source.layout.family, source.branch, source.path, licence),
+        "transfer": {
+            "decoder": transfer.decoder,
+            "decoder_reason": transfer.decoder_reason.removeprefix(AGAIN),
+            "encoder_carried": transfer.share("carried"),
+            "encoder_adapted": transfer.share("adapted"),
+            "adapted": {r.keys[0]: r.how for r in transfer.rows if r.action == "adapted"},
+            "fresh": {r.keys[0]: r.how for r in transfer.rows if r.action == "fresh"},
+        },
+    }
+    write(path, content, lambda file: check_with_stock_loader(file, network, target))
+
+
+def check_with_stock_loader(file: Path, network: nn.Module, target: Target) -> None:
+    """Load ``file`` into a fresh target with nnU-Net's loader and compare every tensor under every name.
+
+    Raises:
+        ValueError: nnU-Net refuses the file, or a tensor differs.
+    """
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    fresh = target.build()
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():  # the target always starts alike: a tensor that is not loaded must show
+            tensor.add_(1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_pretrained_weights(fresh, str(file))
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f"nnU-Net does not load the file into {target.label}: {e}") from None
+    loaded = fresh.state_dict()
+    for key, value in network.state_dict().items():
+        if ".seg_layers." not in key and not torch.equal(value, loaded[key]):  # nnU-Net never loads these
+            raise ValueError(f"{key} is not the same after nnU-Net has loaded the file into {target.label}.")
+
+
+def write(path: str | Path, content: dict[str, Any], check: Callable[[Path], None]) -> None:
+    """Save ``content`` under ``path`` when ``check`` of the file on disk raises nothing; else leave ``path`` as it was.
+
+    Raises:
+        ValueError: not writable; or whatever ``check`` raises.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Pass the name of the file to write, for example {path / 'weights.pth'}.")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        check(partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
+        raise ValueError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}. Nothing was written.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
