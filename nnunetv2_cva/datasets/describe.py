@@ -1,0 +1,128 @@
+"""What nnU-Net wants to know about a dataset, from images alone: ``dataset.json``, fingerprint, splits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunetv2_cva.datasets.inspect import QUANTILES, Finding
+from nnunetv2_cva.datasets.reading import ending_of
+from nnunetv2_cva.views.index import Entry
+
+IMAGES_ONLY = (
+    "Images without segmentations, for pretraining with nnUNetTrainerCVA (nnunetv2_cva). Stock nnU-Net trainers cannot train "
+    "here: fine-tune in the dataset that has the labels."
+)
+GRID = 4001
+CT_AIR = -900  # Hounsfield units; nothing else than CT is regularly this low
+
+
+def channel_names(modalities: Sequence[str], found: Sequence[Finding]) -> list[str]:
+    """One per channel; nnU-Net chooses the normalisation by them: ``CT`` for CT, z-score for any other name.
+
+    ``modalities``: as the user gave them for the whole dataset, else empty; then what the sources say, where all cases agree.
+
+    Raises:
+        ValueError: not one name per channel.
+    """
+    channels = len(found[0].files)
+    if modalities:
+        if len(modalities) != channels:
+            raise ValueError(f"--modality {' '.join(modalities)}: expected {channels} name(s), one per channel.")
+        return list(modalities)
+    told = {f.modality for f in found}
+    if len(told) == 1 and "" not in told:
+        return told.pop().split(";")
+    return ["image"] if channels == 1 else [f"image{c}" for c in range(channels)]
+
+
+def looks_like_ct(found: Sequence[Finding]) -> int:
+    """How many cases have air at about -1000."""
+    return sum(all(c["min"] <= CT_AIR for c in f.intensities) for f in found)
+
+
+def dataset_json(name: str, channels: Sequence[str], cases: Sequence[Finding] | Sequence[Entry]) -> dict[str, Any]:
+    """nnU-Net's ``dataset.json`` of a dataset without labels."""
+    endings = Counter(ending_of(c.files[0]) for c in cases if isinstance(c, Finding))
+    return {
+        "name": name,
+        "description": IMAGES_ONLY,
+        "channel_names": {str(c): channel for c, channel in enumerate(channels)},
+        "labels": {"background": 0},
+        "numTraining": len(cases),
+        "file_ending": endings.most_common(1)[0][0] if endings else ".b2nd",
+    }
+
+
+def fingerprint(found: Sequence[Finding]) -> dict[str, Any]:
+    """nnU-Net's dataset fingerprint; intensities of the body stand in for those of the labelled foreground."""
+    relative = [np.prod(f.cropped) / np.prod(f.shape) for f in found]
+    return {
+        "spacings": [list(f.spacing) for f in found],
+        "shapes_after_crop": [list(f.cropped) for f in found],
+        "foreground_intensity_properties_per_channel": {
+            str(c): pooled([f.intensities[c] for f in found]) for c in range(len(found[0].files))
+        },
+        "median_relative_size_after_cropping": float(np.median(relative)),
+    }
+
+
+def fingerprint_of_preprocessed(entries: Sequence[Entry], spacing: Sequence[float], plans: dict[str, Any]) -> dict[str, Any]:
+    """The same of cases that are preprocessed already: their intensities are those of the plans they were made with."""
+    return {
+        "spacings": [list(spacing)] * len(entries),
+        "shapes_after_crop": [list(e.shape[1:]) for e in entries],
+        "foreground_intensity_properties_per_channel": plans["foreground_intensity_properties_per_channel"],
+        "median_relative_size_after_cropping": 1.0,
+    }
+
+
+def normalised_intensities(channels: int) -> dict[str, Any]:
+    """In the place of intensities that are not known: those after normalisation."""
+    normal = {"mean": 0.0, "median": 0.0, "std": 1.0, "min": -5.0, "max": 5.0, "percentile_99_5": 3.0, "percentile_00_5": -3.0}
+    return {str(c): normal for c in range(channels)}
+
+
+def pooled(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Statistics of all cases together, each with equal weight, as nnU-Net samples them."""
+    quantiles = np.array([c["quantiles"] for c in cases])
+    means, stds = np.array([c["mean"] for c in cases]), np.array([c["std"] for c in cases])
+    mean = float(means.mean())
+    low, median, high = pooled_quantiles(quantiles, (0.005, 0.5, 0.995))
+    return {
+        "mean": mean,
+        "median": median,
+        "std": float(np.sqrt(max(0.0, (stds**2 + means**2).mean() - mean**2))),
+        "min": float(quantiles[:, 0].min()),
+        "max": float(quantiles[:, -1].max()),
+        "percentile_99_5": high,
+        "percentile_00_5": low,
+    }
+
+
+def pooled_quantiles(quantiles: np.ndarray, levels: Sequence[float]) -> list[float]:
+    """Quantiles of the mixture of distributions that are known by their ``QUANTILES``; ``(cases, len(QUANTILES))``."""
+    grid = np.unique(np.quantile(quantiles, np.linspace(0, 1, GRID)))
+    below = np.zeros(len(grid))  # the share of the mixture below each value
+    for case in quantiles:
+        below += np.interp(grid, case, QUANTILES, left=0, right=1)
+    return [float(x) for x in np.interp(levels, below / len(quantiles), grid)]
+
+
+def splits(found: Sequence[tuple[str, str]], folds: int = 5) -> list[dict[str, list[str]]]:
+    """nnU-Net's cross-validation over subjects: all cases of a subject are on one side. ``found``: (case, subject)."""
+    cases: dict[str, list[str]] = {}
+    for key, subject in found:
+        cases.setdefault(subject, []).append(key)
+    if len(cases) < 2:
+        everything = sorted(key for key, _ in found)
+        return [{"train": everything, "val": everything}]
+    by_subject = generate_crossval_split(sorted(cases), seed=12345, n_splits=min(folds, len(cases)))
+    return [
+        {side: sorted(key for subject in fold[side] for key in cases[str(subject)]) for side in ("train", "val")}
+        for fold in by_subject
+    ]

@@ -1,0 +1,166 @@
+"""One look at every case before anything is written: can it be used, what is in it, has it been seen before."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_cva.datasets.reading import Unusable, check_geometry, not_finite, read_images
+from nnunetv2_cva.datasets.sources import Candidate
+
+LABEL_MAP_VALUES = 16  # an "image" with no more different values, all whole numbers, is a segmentation
+STATISTICS_SIZE = 64  # voxels per axis that intensity statistics are taken from
+# Where the distribution of the body's intensities is noted: dense at the tails, which nnU-Net clips CT at.
+QUANTILES = (0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5,
+             0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found in one case. ``reason`` is empty for a case that can be used; the rest is then filled in.
+
+    ``stamp``: size and time of change of every file; ``shape``, ``cropped``: voxels in the reader's axis order, before and after
+    cropping to what is not zero; ``content``: hash of the voxels; ``intensities``: one entry per channel, of the body.
+    """
+
+    key: str
+    files: tuple[str, ...]
+    dataset: str
+    subject: str
+    modality: str
+    stamp: tuple[tuple[int, int], ...]
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    cropped: tuple[int, ...] = ()
+    content: str = ""
+    intensities: tuple[dict[str, Any], ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Finding:
+        stamp = tuple(tuple(s) for s in values["stamp"])
+        return Finding(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | {"stamp": stamp})
+
+    def of(self, candidate: Candidate) -> Finding:
+        """The same files under what the sources call them now."""
+        return replace(self, key=candidate.key, dataset=candidate.dataset, subject=candidate.subject, modality=candidate.modality)
+
+
+def stamp_of(files: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Size and time of change, to tell whether a file is the one that was looked at; (-1, -1) for a file that cannot be."""
+    stamps = []
+    for file in files:
+        try:
+            status = os.stat(file)
+            stamps.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            stamps.append((-1, -1))
+    return tuple(stamps)
+
+
+def inspect_case(candidate: Candidate) -> Finding:
+    """Read the case and describe it; never raises for a bad file."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    c = candidate
+    finding = Finding(c.key, c.files, c.dataset, c.subject, c.modality, stamp_of(c.files))
+    try:
+        images, properties = read_images(candidate.files)
+        spacing = tuple(float(s) for s in properties["spacing"])
+        check_geometry(images.shape[1:], spacing)
+        for image in images:
+            _check_voxels(image)
+    except Unusable as e:
+        return replace(finding, reason=str(e))
+    except MemoryError:
+        return replace(finding, reason="does not fit into memory")
+    box = nonzero_box(images)
+    inner = images[(slice(None), *[slice(a, b) for a, b in box])]
+    return replace(
+        finding,
+        shape=tuple(images.shape[1:]),
+        spacing=spacing,
+        cropped=tuple(b - a for a, b in box),
+        content=content_hash(images),
+        intensities=tuple(_intensities(image) for image in inner),
+    )
+
+
+def nonzero_box(images: np.ndarray) -> list[tuple[int, int]]:
+    """What nnU-Net's ``crop_to_nonzero`` crops to (it also fills holes, which takes seconds and does not move the box)."""
+    mask = images[0] != 0
+    for image in images[1:]:
+        mask |= image != 0
+    hits = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    return [(int(h[0]), int(h[-1]) + 1) for h in hits]
+
+
+def content_hash(images: np.ndarray) -> str:
+    """Of the voxels as the reader gives them: the same image in another format or compression has the same hash."""
+    digest = hashlib.sha256(repr(images.shape).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
+
+
+def _check_voxels(image: np.ndarray) -> None:
+    low, high = float(image.min()), float(image.max())  # both NaN where there is a NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise Unusable(not_finite(int(np.size(image) - np.count_nonzero(np.isfinite(image)))))
+    if low == high:
+        raise Unusable(f"all voxels are {low:g}")
+    some = np.unique(coarse(image))
+    if len(some) <= LABEL_MAP_VALUES and not (some % 1).any():
+        values = np.unique(image)
+        if len(values) <= LABEL_MAP_VALUES:
+            raise Unusable(f"looks like a segmentation: only {len(values)} different values, all whole numbers")
+
+
+def coarse(image: np.ndarray) -> np.ndarray:
+    """Every n-th voxel, at most ``STATISTICS_SIZE`` to twice that along an axis."""
+    return image[tuple(slice(None, None, max(1, n // STATISTICS_SIZE)) for n in image.shape)]
+
+
+def _intensities(image: np.ndarray) -> dict[str, Any]:
+    """Of the body, seen on a coarse grid."""
+    voxels = coarse(image)
+    body = voxels[enclosed(voxels > otsu(voxels))]
+    quantiles = np.quantile(body, QUANTILES)
+    return {
+        "min": float(image.min()),
+        "max": float(image.max()),
+        "mean": float(body.mean(dtype=np.float64)),
+        "std": float(body.std(dtype=np.float64)),
+        "quantiles": [float(f"{q:.6g}") for q in quantiles],
+    }
+
+
+def enclosed(mask: np.ndarray) -> np.ndarray:
+    """``mask`` and what lies between parts of it along two or three axes: the lungs of a thorax, the ventricles of a brain."""
+    between = [
+        np.logical_or.accumulate(mask, axis) & np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+        for axis in range(mask.ndim)
+    ]
+    return mask | (np.sum(between, axis=0) >= 2)
+
+
+def otsu(image: np.ndarray) -> float:
+    """The threshold with the largest variance between the two classes that it makes (Otsu 1979). ``image`` is not constant."""
+    low, high = np.quantile(image, (0.001, 0.999))  # a few bright voxels would leave one bin for the rest
+    if low == high:
+        low, high = image.min(), image.max()
+    counts, edges = np.histogram(np.clip(image, low, high), bins=256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, total = np.cumsum(counts), counts.sum()
+    mass = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (mass[-1] * below / total - mass) ** 2 / (below * (total - below))
+    return float(edges[1 + int(np.nanargmax(between[:-1]))])

@@ -1,0 +1,186 @@
+"""Which files are the images of a pretraining dataset, and how their cases are called.
+
+A case's name follows from where its files lie below the given folder, so it does not change when other folders are added.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunetv2_cva.datasets.reading import ENDINGS, ending_of
+
+IMAGE_FOLDERS = ("imagesTr", "imagesTs")  # where one of these stands, only these are read: labels lie beside them
+CHANNEL = re.compile(r"_(\d{4})$")
+LONGEST_KEY = 180
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute."""
+
+    images: tuple[str, ...] = ()
+    table: str | None = None
+    exclude: tuple[str, ...] = ()
+    channels: Literal["split", "stack"] = "split"
+    modality: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Sources:
+        tuples = {k: tuple(values[k]) for k in ("images", "exclude", "modality")}
+        return Sources(table=values["table"], channels=values["channels"], **tuples)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A case before its files were opened. ``files``: one per channel. ``modality``: as the table or nnU-Net's dataset.json
+    says, one per channel with ";" between; else empty."""
+
+    key: str
+    files: tuple[str, ...]
+    dataset: str
+    subject: str
+    modality: str = ""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    parts: tuple[str, ...]  # name parts of the case: folders, then the file's name without its ending
+    dataset: str
+    prefix: str
+    subject: str
+    modality: str
+    numbered: bool  # its name ends with nnU-Net's channel number
+
+
+def candidates(sources: Sources, own: str, known: dict[tuple[str, ...], str]) -> list[Candidate]:
+    """All cases of the sources, in the order of their names.
+
+    ``own``: name of the dataset that is planned; cases from its own raw folder carry no prefix. ``known``: names already given.
+
+    Raises:
+        ValueError: a folder or table that does not exist or holds no images.
+    """
+    files: dict[str, _File] = {}
+    if sources.table is not None:
+        files.update((f.path, f) for f in _from_table(Path(sources.table), sources.exclude))
+    for folder in sources.images:
+        found = list(_from_folder(Path(folder), own, sources.exclude))
+        if not found:
+            raise ValueError(f"No images in {folder}: expected files that nnU-Net reads as volumes ({', '.join(ENDINGS)}).")
+        for file in found:
+            files.setdefault(file.path, file)
+    groups = _stacked(files.values()) if sources.channels == "stack" else [[f] for f in files.values()]
+    return _named(groups, sources.channels == "split", known)
+
+
+def _from_folder(folder: Path, own: str, exclude: Sequence[str]) -> Iterator[_File]:
+    """Every image below a folder; where imagesTr or imagesTs stand, only what is in them."""
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder}: expected a folder or the id of a dataset in nnUNet_raw, found neither.")
+    label = _clean(folder.parent.name if folder.name in IMAGE_FOLDERS else folder.name)
+    prefix = "" if label == own else label
+    modalities = _channel_names(folder)
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if set(IMAGE_FOLDERS) & set(folders):
+            folders[:] = [f for f in IMAGE_FOLDERS if f in folders]
+            names = []
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            ending = None if name.startswith(".") else ending_of(name)
+            relative = os.path.relpath(path, folder)
+            if ending is None or _excluded(relative, exclude):
+                continue
+            below = [p for p in Path(relative).parts[:-1] if p not in IMAGE_FOLDERS]
+            parts = (*below, name[: -len(ending)])
+            number = CHANNEL.search(parts[-1])
+            modality = modalities.get(int(number[1]), "") if number else ""
+            in_layout = os.path.basename(place) in IMAGE_FOLDERS
+            subject = next((p for p in re.findall(r"sub-[A-Za-z0-9]+", relative)), "")
+            yield _File(path, parts, label, prefix, subject, modality, in_layout)
+
+
+def _channel_names(folder: Path) -> dict[int, str]:
+    """Of nnU-Net's dataset.json, where the folder is a raw dataset or imagesTr or imagesTs of one."""
+    path = next((p for p in (folder / "dataset.json", folder.parent / "dataset.json") if p.is_file()), None)
+    names = json.loads(path.read_text()).get("channel_names", {}) if path is not None else {}
+    return {int(number): str(name) for number, name in names.items()}
+
+
+def _from_table(table: Path, exclude: Sequence[str]) -> Iterator[_File]:
+    """Every row: ``path`` and optionally ``dataset``, ``subject``, ``modality``; paths relative to the table's folder."""
+    if not table.is_file():
+        raise ValueError(f"--table {table}: no such file.")
+    with open(table, newline="", encoding="utf-8-sig") as f:
+        rows = csv.DictReader(f)
+        if "path" not in (rows.fieldnames or ()):
+            raise ValueError(f"--table {table}: expected columns path[,dataset][,subject][,modality], found {rows.fieldnames}.")
+        for line, row in enumerate(rows, 2):
+            path = os.path.abspath(table.parent / row["path"])
+            ending = ending_of(path)
+            if ending is None:
+                raise ValueError(f"--table {table}, line {line}: {path} is no file that nnU-Net reads as a volume.")
+            if _excluded(row["path"], exclude):
+                continue
+            label = _clean(row.get("dataset") or table.stem)
+            subject = row.get("subject") or ""
+            name = os.path.basename(path)[: -len(ending)]
+            parts = (subject, name) if subject and subject not in name else (name,)
+            yield _File(path, parts, label, label, subject, row.get("modality") or "", False)
+
+
+def _excluded(relative: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(relative, p) or fnmatch.fnmatch(os.path.basename(relative), p) for p in patterns)
+
+
+def _stacked(files: Any) -> list[list[_File]]:
+    """Files that differ only in their channel number, ordered by it."""
+    groups: dict[tuple[str, str], list[_File]] = {}
+    for file in files:
+        stem = CHANNEL.sub("", file.parts[-1])
+        groups.setdefault((os.path.dirname(file.path), stem), []).append(file)
+    return [sorted(group, key=lambda f: f.path) for group in groups.values()]
+
+
+def _named(groups: list[list[_File]], split: bool, known: dict[tuple[str, ...], str]) -> list[Candidate]:
+    taken: dict[str, tuple[str, ...]] = {key: files for files, key in known.items()}
+    cases = []
+    for group in sorted(groups, key=lambda g: g[0].path):
+        first, files = group[0], tuple(f.path for f in group)
+        base = (*first.parts[:-1], CHANNEL.sub("", first.parts[-1]))
+        # Split, channel 0 of nnU-Net's layout is called like the case, so names stay when a case gets more channels.
+        channel_0 = first.numbered and first.parts[-1].endswith("_0000")
+        parts = first.parts if split and not channel_0 else base
+        key = known.get(files) or _key([first.prefix, *parts])
+        if taken.setdefault(key, files) != files:
+            key = f"{key[:LONGEST_KEY]}_{hashlib.sha256(files[0].encode()).hexdigest()[:8]}"
+            taken[key] = files
+        subject = _key([first.prefix, *([first.subject] if first.subject else base)])
+        modality = ";".join(f.modality for f in group) if all(f.modality for f in group) else ""
+        cases.append(Candidate(key, files, first.dataset, subject, modality))
+    return sorted(cases, key=lambda c: c.key)
+
+
+def _key(parts: Sequence[str]) -> str:
+    """A file name from name parts."""
+    key = "__".join(_clean(p) for p in parts if p)
+    if len(key) > LONGEST_KEY:
+        key = f"{key[: LONGEST_KEY - 9]}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return key + "_" if key.endswith("_seg") else key  # nnU-Net takes *_seg.b2nd for a segmentation
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)

@@ -1,0 +1,1 @@
+"""Presets: plans files as JSON."""

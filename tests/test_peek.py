@@ -1,0 +1,133 @@
+"""What is in a pretraining dataset: the table and the pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from images import labelled_dataset, nnunet_folders, voxels, write
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from projects import plans as tiny_plans
+
+from nnunetv2_cva.commands import main
+from nnunetv2_cva.datasets import pictures
+
+NAME = "Dataset500_Images"
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """``(raw, preprocessed)``: six images from two places, one of them broken, planned with small views."""
+    raw, preprocessed = nnunet_folders(tmp_path, monkeypatch)
+    for i in range(4):
+        write(raw / NAME / "imagesTr" / f"case_{i}_0000.nii.gz", voxels(i, (30 + i, 38, 33)), (2.0, 1.0, 1.0))
+    for i in range(2):
+        write(tmp_path / "pile" / f"scan_{i}.nrrd", voxels(10 + i, (36, 40, 34)))
+    write(tmp_path / "pile" / "bad.nrrd", np.zeros((20, 20, 20), np.int16))
+    plan = tiny_plans(view=(16, 24, 16))
+    plan["foreground_intensity_properties_per_channel"] = {"0": {"mean": 0.0}}
+    labelled_dataset(raw, preprocessed, "Dataset004_Target", plan)
+    images = ("--images", raw / NAME, tmp_path / "pile")
+    assert call("plan", *images, "--target", "4", "--view", "16", "24", "16", "-np", "1") == 0
+    return raw, preprocessed
+
+
+def call(command, *arguments):
+    return main.main([command, "-d", NAME, *map(str, arguments)])
+
+
+def test_before_preprocessing_the_images_themselves_are_shown(folders, capsys):
+    _, preprocessed = folders
+    capsys.readouterr()
+    assert call("peek") == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if line.startswith(NAME))
+    assert row[1:3] == ["4", "1"] and "30x38x33," in row and "33x38x33" in row and "2x1x1" in row
+    assert "pile" in out and "rejected: 1\n       1  all voxels are 0\n" in out
+    assert "6 images as they are" in out and "no views.png" in out
+    assert imread(preprocessed / NAME / "contact_sheet.png").std() > 0.05
+    assert not (preprocessed / NAME / "views.png").exists()
+
+
+def test_after_preprocessing_cases_and_views_are_shown(folders, tmp_path, capsys):
+    _, preprocessed = folders
+    call("preprocess", "-np", "1")
+    capsys.readouterr()
+    assert call("peek", "-o", tmp_path / "out", "--cases", 3, "--pairs", 4) == 0
+    out = capsys.readouterr().out
+    assert "3 preprocessed cases" in out and "4 pairs of views of 16x24x16 voxels" in out
+    assert all(imread(tmp_path / "out" / name).std() > 0.05 for name in ("contact_sheet.png", "views.png"))
+    assert not list((preprocessed / NAME).glob("*.png"))
+
+
+def test_a_dataset_that_nnunet_has_preprocessed_can_be_looked_at(folders, capsys):
+    import blosc2
+
+    _, preprocessed = folders
+    folder = preprocessed / "Dataset004_Target" / "nnUNetPlans_3d_fullres"
+    folder.mkdir()
+    for i in range(3):
+        case = np.random.default_rng(i).normal(size=(1, 30, 32, 28)).astype(np.float32)
+        blosc2.asarray(case, urlpath=str(folder / f"t_{i}.b2nd"))
+        blosc2.asarray(np.zeros(case.shape, np.int8), urlpath=str(folder / f"t_{i}_seg.b2nd"))
+    assert main.main(["peek", "-d", "4", "-p", "nnUNetPlans", "-c", "3d_fullres"]) == 0
+    assert "3 pairs of views" in capsys.readouterr().out
+    assert main.main(["peek", "-d", "4"]) == 2 and "plans there: nnUNetPlans" in capsys.readouterr().err
+
+
+def test_the_settings_of_the_plans_are_those_of_the_views(folders, monkeypatch):
+    """Hidden blocks are the configuration's: with blocks of 4 voxels there are many small ones."""
+    _, preprocessed = folders
+    call("preprocess", "-np", "1")
+    path = preprocessed / NAME / "nnUNetPlansCVA.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres_cva"]["cva"] = {"mask_block": 4, "mask_ratio": 0.5, "mirror_p": 0.0}
+    path.write_text(json.dumps(plans))
+    shown = []
+    monkeypatch.setattr(pictures, "view_pairs", lambda pairs, _: shown.extend(pairs))
+    assert call("peek", "--pairs", 2) == 0
+    for pair in shown:
+        hidden = (pair.visible == 0) & (pair.views != 0)
+        blocks = hidden[:, :16, :24, :16].reshape(2, 4, 4, 6, 4, 4, 4).any(axis=(2, 4, 6))
+        assert pair.views.shape == (2, 16, 24, 16) and 0.3 < blocks.mean() <= 0.5
+        assert (pair.rois[:, 1] > pair.rois[:, 0]).all()
+
+
+# ---- drawing
+
+
+def test_slices_are_shown_in_millimetres():
+    """A bright ball of 20 mm in a case of 40 x 60 x 30 mm stays a ball, at the place where it is."""
+    spacing = (4.0, 1.0, 0.5)
+    i, j, k = np.meshgrid(*(np.arange(n) * s for n, s in zip((10, 60, 60), spacing)), indexing="ij")
+    ball = ((i - 20) ** 2 + (j - 34) ** 2 + (k - 15) ** 2 < 100).astype(np.float32)
+    sheet = pictures._three_slices(pictures.Sheet("", ball, spacing))
+    tile, scale = pictures.TILE, (pictures.TILE - 4) / 60
+    assert sheet.shape == (tile, 3 * tile)
+    for n, (extent, centre) in enumerate((((60, 30), (34, 15)), ((40, 30), (20, 15)), ((40, 60), (20, 34)))):
+        bright = np.argwhere(sheet[:, n * tile : (n + 1) * tile] > 0.5)
+        assert np.allclose(bright.mean(0), tile / 2 + scale * (np.array(centre) - np.array(extent) / 2), atol=2.5 * scale)
+        assert np.allclose(np.ptp(bright, axis=0), 20 * scale, atol=4.5 * scale)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_frame_is_around_what_the_roi_says(mirrored):
+    roi = np.array([[0.1, 0.25, 0.5], [0.9, 0.75, 1.0]])
+    if mirrored:
+        roi[:, 1] = roi[::-1, 1].copy()
+    axes = Figure().add_subplot()
+    pictures._frame(axes, roi, (40, 20))
+    (frame,), (dot,) = axes.patches, axes.lines
+    # Rows 10 to 29 and columns 10 to 19 are shared; imshow draws pixel n from n - 0.5 to n + 0.5.
+    assert (frame.get_y(), frame.get_height()) == (9.5, 20) and (frame.get_x(), frame.get_width()) == (9.5, 10)
+    y = float(dot.get_ydata()[0])
+    assert abs(y - (29.5 if mirrored else 9.5)) < 2 and (y < 29.5 if mirrored else y > 9.5)
+    assert pictures._middle(roi, 30) == 15
+
+
+def test_a_window_does_not_depend_on_a_few_bright_voxels():
+    image = np.random.default_rng(0).uniform(0, 1, (40, 50))
+    image[0, 0] = 1e6
+    shown = pictures.windowed(image)
+    assert shown.min() == 0 and shown.max() == 1 and 0.4 < np.median(shown) < 0.6
+    assert (pictures.windowed(np.zeros((3, 4))) == 0).all()

@@ -1,0 +1,476 @@
+"""Plans for pretraining: from the images, from a preset, for the datasets that will be fine-tuned."""
+
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from images import labelled_dataset, nnunet_folders, voxels, write, write_several
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from projects import architecture
+from projects import plans as tiny_plans
+
+from nnunetv2_cva.commands import main
+from nnunetv2_cva.commands.trainers import recipes
+from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets import describe, plan, proposal
+from nnunetv2_cva.datasets.inspect import QUANTILES
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("NNUNETV2_CVA_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """``(raw, preprocessed)``, with images in Dataset500_Images."""
+    raw, preprocessed = nnunet_folders(tmp_path, monkeypatch)
+    write_several(raw / "Dataset500_Images" / "imagesTr", 7, (2.0, 1.0, 1.5), (20, 34, 30))
+    return raw, preprocessed
+
+
+def call(*arguments):
+    return main.main(["plan", *map(str, arguments), "-np", "1"])
+
+
+def planned(preprocessed, name="Dataset500_Images", plans="nnUNetPlansCVA"):
+    return json.loads((preprocessed / name / f"{plans}.json").read_text())
+
+
+def network(plans, configuration="3d_fullres", channels=1, classes=1):
+    architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
+    return get_network_from_plans(
+        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"], channels, classes,
+    )  # fmt: skip
+
+
+def encoder_shapes(plans, **options):
+    return {k: tuple(v.shape) for k, v in network(plans, **options).encoder.state_dict().items()}
+
+
+# ---- from the images
+
+
+def test_from_the_images_it_is_what_nnunet_plans_with_labels(folders):
+    """Reference: nnU-Net's own fingerprint and planner on the same images, which need labels."""
+    raw, preprocessed = folders
+    analysed = []
+    for path in sorted((raw / "Dataset500_Images" / "imagesTr").iterdir()):
+        image = sitk.ReadImage(str(path))
+        array, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        files = (
+            raw / "Dataset600_Same" / "imagesTr" / f"{path.name[:-7]}_0000.nii.gz",
+            raw / "Dataset600_Same" / "labelsTr" / path.name,
+        )
+        for file, content in zip(files, (array, (array > 200).astype(np.uint8))):
+            write(file, content, spacing)
+        analysed.append(DatasetFingerprintExtractor.analyze_case([str(files[0])], str(files[1]), SimpleITKIO))
+    shapes, spacings, _, _, relative = zip(*analysed)
+    intensities = {"0": dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.0)}
+    expected = {
+        "spacings": [list(s) for s in spacings], "shapes_after_crop": [list(s) for s in shapes],
+        "foreground_intensity_properties_per_channel": intensities,
+        "median_relative_size_after_cropping": float(np.median(relative)),
+    }  # fmt: skip
+    dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}, "numTraining": 7, "file_ending": ".nii.gz"}
+    (raw / "Dataset600_Same" / "dataset.json").write_text(json.dumps(dataset))
+    (preprocessed / "Dataset600_Same").mkdir()
+    (preprocessed / "Dataset600_Same" / "dataset_fingerprint.json").write_text(json.dumps(expected))
+    plan_experiments([600], "ExperimentPlanner")
+    theirs = json.loads((preprocessed / "Dataset600_Same" / "nnUNetPlans.json").read_text())
+
+    assert call("-d", 500, "-pl", "ExperimentPlanner") == 0
+    ours = planned(preprocessed)
+    for key in ("transpose_forward", "transpose_backward", "original_median_spacing_after_transp", "image_reader_writer"):
+        assert ours[key] == theirs[key], key
+    mine, reference = ours["configurations"]["3d_fullres"], theirs["configurations"]["3d_fullres"]
+    ours_only = ("data_identifier",)
+    assert {k: v for k, v in mine.items() if k not in ours_only} == {k: v for k, v in reference.items() if k not in ours_only}
+    assert set(ours["configurations"]) == {"3d_fullres", "3d_fullres_cva"}
+    found = json.loads((preprocessed / "Dataset500_Images" / "dataset_fingerprint.json").read_text())
+    assert found.keys() == expected.keys()
+    for key in ("spacings", "shapes_after_crop", "median_relative_size_after_cropping"):
+        assert np.allclose(found[key], expected[key]), key
+    assert found["foreground_intensity_properties_per_channel"]["0"].keys() == intensities["0"].keys()
+
+
+def test_what_nnunet_needs_is_there(folders):
+    _, preprocessed = folders
+    call("-d", 500, "-pl", "ExperimentPlanner")
+    folder = preprocessed / "Dataset500_Images"
+    dataset = json.loads((folder / "dataset.json").read_text())
+    assert (
+        dataset["numTraining"] == 7
+        and dataset["channel_names"] == {"0": "image"}
+        and "nnUNetTrainerCVA" in dataset["description"]
+    )
+    plans = planned(preprocessed)
+    manager = PlansManager(plans)
+    assert manager.get_label_manager(dataset).foreground_labels == []
+    configuration = manager.get_configuration("3d_fullres_cva")
+    assert configuration.data_identifier == "nnUNetPlansCVA_3d_fullres_images_only"
+    assert configuration.batch_size == 4 and resolve(CVAConfig(), plans, "3d_fullres_cva", {}).mask_block == 8
+    splits = json.loads((folder / "splits_final.json").read_text())
+    assert len(splits) == 5 and all(len(s["train"]) + len(s["val"]) == 7 for s in splits)
+
+
+def test_the_environment_is_as_before(folders, monkeypatch):
+    raw, preprocessed = folders
+    call("-d", 500, "-pl", "ExperimentPlanner")
+    assert os.environ["nnUNet_raw"] == str(raw) and os.environ["nnUNet_preprocessed"] == str(preprocessed)
+    monkeypatch.delenv("nnUNet_raw")
+    assert call("-d", 500, "-pl", "ExperimentPlanner") == 0 and "nnUNet_raw" not in os.environ
+
+
+def test_images_of_several_datasets_and_folders(folders, tmp_path):
+    raw, preprocessed = folders
+    labelled_dataset(raw, preprocessed, "Dataset004_Organ", tiny_plans())
+    write(raw / "Dataset004_Organ" / "imagesTs" / "Organ_900_0000.nii.gz", voxels(77))
+    write_several(tmp_path / "pile", 2, ending=".nrrd")
+    (tmp_path / "pile" / "case_0.nrrd").rename(tmp_path / "pile" / "other.nrrd")
+    write(tmp_path / "pile" / "other.nrrd", voxels(78))
+    assert call("-d", "Dataset501_Mix", "--images", 4, tmp_path / "pile", "--preset", "tiny") == 0
+    cases = (preprocessed / "Dataset501_Mix" / "cases.csv").read_text().splitlines()[1:]
+    names = [line.split(",")[0] for line in cases]
+    assert names == [
+        *(f"Dataset004_Organ__Organ_{i:03d}" for i in (0, 1, 2, 3, 4, 5, 900)), "pile__case_1", "pile__other",
+    ]  # fmt: skip
+    assert not [line for line in cases if "labelsTr" in line]
+    before = (preprocessed / "Dataset501_Mix" / "cases.csv").read_bytes()
+    assert call("-d", 501, "--preset", "tiny") == 0  # the sources are remembered
+    assert (preprocessed / "Dataset501_Mix" / "cases.csv").read_bytes() == before
+
+
+def test_ct_is_normalised_as_ct_when_it_is_called_ct(folders, capsys):
+    raw, preprocessed = folders
+    for i in range(3):
+        write(raw / "Dataset502_CT" / "imagesTr" / f"ct_{i}_0000.nii.gz", voxels(i, (20, 24, 22), air=0) * 3 - 1100)
+    call("-d", 502, "-pl", "ExperimentPlanner")
+    assert "3 of 3 cases look like CT" in capsys.readouterr().out
+    assert planned(preprocessed, "Dataset502_CT")["configurations"]["3d_fullres"]["normalization_schemes"] == [
+        "ZScoreNormalization"
+    ]
+    for options in (("-pl", "ExperimentPlanner"), ("--preset", "tiny")):
+        call("-d", 502, "--modality", "CT", *options)
+        assert "look like CT" not in capsys.readouterr().out
+        plans = planned(preprocessed, "Dataset502_CT")
+        assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
+        assert plans["foreground_intensity_properties_per_channel"]["0"]["mean"] < 0
+        assert json.loads((preprocessed / "Dataset502_CT" / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("name", sorted(plan.presets()))
+def test_a_shipped_preset_is_whole(name):
+    preset = plan.from_preset(name)
+    about = preset["preset"]
+    assert about["description"].endswith(".") and about["recipe"] in recipes(ROOT / "trainers")
+    # No guesses: a number comes with what it was measured on.
+    assert about["peak_memory"] == "not measured yet" or " on " in about["peak_memory"]
+    manager = PlansManager(preset)
+    configuration = manager.get_configuration("3d_fullres_cva")
+    step = proposal.strides(configuration.configuration["architecture"])
+    for size in (configuration.patch_size, manager.get_configuration("3d_fullres").patch_size):
+        assert all(n % s == 0 for n, s in zip(size, step))
+    resolve(CVAConfig(), preset, "3d_fullres_cva", {})
+    assert configuration.batch_size >= 2 and configuration.preprocessor_class and configuration.resampling_fn_data
+
+
+def test_the_challenges_presets_are_the_papers():
+    for name in ("ssl3d_resencl", "ssl3d_primusm"):
+        configuration = PlansManager(plan.from_preset(name)).get_configuration("3d_fullres_cva")
+        assert configuration.spacing == [1, 1, 1] and configuration.patch_size == [160] * 3 and configuration.batch_size == 4
+        assert configuration.normalization_schemes == ["ZScoreNormalization"]
+    arguments = plan.from_preset("ssl3d_resencl")["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert arguments["features_per_stage"] == [32, 64, 128, 256, 320, 320] and arguments["n_blocks_per_stage"] == [
+        1,
+        3,
+        4,
+        6,
+        6,
+        6,
+    ]
+
+
+def test_a_preset_is_fitted_to_the_images(folders, capsys):
+    raw, preprocessed = folders
+    for i in range(3):
+        for c in range(2):
+            write(raw / "Dataset503_Two" / "imagesTr" / f"a_{i}_{c:04d}.nii.gz", voxels(2 * i + c, (110, 112, 108)))
+    assert call("-d", 503, "--preset", "tiny", "--channels", "stack", "--modality", "T1", "T2", "-p", "nnUNetMine") == 0
+    plans = planned(preprocessed, "Dataset503_Two", "nnUNetMine")
+    base, ours = plans["configurations"]["3d_fullres"], plans["configurations"]["3d_fullres_cva"]
+    assert base["normalization_schemes"] == ["ZScoreNormalization"] * 2 and base["data_identifier"].startswith("nnUNetMine_")
+    assert ours["patch_size"] == [48, 48, 48] and ours["batch_size"] == 2 and ours["cva"]["epochs"] == 4
+    assert set(plans["foreground_intensity_properties_per_channel"]) == {"0", "1"} and "preset" not in plans
+    assert (plans["dataset_name"], plans["plans_name"]) == ("Dataset503_Two", "nnUNetMine")
+    assert "-tr nnUNetTrainerCVA -p nnUNetMine" in capsys.readouterr().out
+
+
+def test_a_plans_file_of_ones_own_is_a_preset(folders, tmp_path):
+    _, preprocessed = folders
+    mine = plan.from_preset("tiny")
+    mine["configurations"]["3d_fullres"]["spacing"] = [3.0, 3.0, 3.0]
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    assert call("-d", 500, "--preset", tmp_path / "mine.json") == 0
+    assert planned(preprocessed)["configurations"]["3d_fullres"]["spacing"] == [3.0, 3.0, 3.0]
+
+
+# ---- targets
+
+
+@pytest.fixture
+def targets(folders):
+    """Two labelled datasets: one by z-score at 1 mm with a residual U-Net, one CT at 2 x 1 x 1 mm with a plain U-Net."""
+    raw, preprocessed = folders
+    first = tiny_plans(view=(16, 24, 16))
+    first["foreground_intensity_properties_per_channel"] = {"0": {"mean": 7.0}}
+    second = tiny_plans(view=(16, 24, 16), kind="plain")
+    second["configurations"]["3d_fullres"].update(spacing=[2.0, 1.0, 1.0], normalization_schemes=["CTNormalization"])
+    second["foreground_intensity_properties_per_channel"] = {"0": {"mean": -8.0}}
+    labelled_dataset(raw, preprocessed, "Dataset004_First", first)
+    labelled_dataset(raw, preprocessed, "Dataset005_Second", second, spacing=(2.0, 1.0, 1.0), first=500)
+    return raw, preprocessed
+
+
+def everything(folder):
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_for_one_target_its_own_plans_are_used_and_left_alone(targets, capsys):
+    raw, preprocessed = targets
+    before = everything(preprocessed / "Dataset004_First"), everything(raw / "Dataset004_First")
+    assert call("-d", 500, "--target", 4) == 0
+    assert before == (everything(preprocessed / "Dataset004_First"), everything(raw / "Dataset004_First"))
+    ours, theirs = planned(preprocessed), planned(preprocessed, "Dataset004_First", "nnUNetPlans")
+    mine, base = ours["configurations"]["3d_fullres"], theirs["configurations"]["3d_fullres"]
+    assert {k for k in base if base[k] != mine.get(k)} == {"data_identifier", "cva"}
+    assert ours["foreground_intensity_properties_per_channel"] == {"0": {"mean": 7.0}}
+    assert encoder_shapes(ours) == encoder_shapes(theirs, classes=2)
+    out = capsys.readouterr().out
+    assert "nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans -pretrained_weights $nnUNet_results/Dataset500_Images/" in out
+
+
+def fine_tunes_from(source, plans, preprocessed, folder):
+    """Whether stock nnU-Net's loader takes the pretraining's weights for the target's stock trainer, with the whole encoder."""
+    pretrained = network(source)
+    torch.save({"network_weights": pretrained.state_dict()}, folder / "weights.pth")
+    dataset = json.loads((preprocessed / plans["dataset_name"] / "dataset.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = nnUNetTrainer({**plans, "continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
+        (preprocessed / plans["dataset_name"] / trainer.configuration_manager.data_identifier).mkdir(exist_ok=True)
+        Path(trainer.preprocessed_dataset_folder, "case.b2nd").touch()  # by which nnU-Net recognises the format
+        trainer.initialize()
+        load_pretrained_weights(trainer.network, str(folder / "weights.pth"))
+    loaded = trainer.network.encoder.state_dict()
+    return all(torch.equal(loaded[k], v) for k, v in pretrained.encoder.state_dict().items())
+
+
+def test_for_two_targets_one_fixed_plan_is_written_into_source_and_targets(targets, tmp_path, capsys):
+    _, preprocessed = targets
+    untouched = everything(preprocessed / "Dataset004_First")
+    assert call("-d", 500, "--target", 4, 5) == 0
+    assert everything(preprocessed / "Dataset004_First") == untouched
+    source, first = planned(preprocessed), planned(preprocessed, "Dataset004_First", "nnUNetPlans")
+    second = planned(preprocessed, "Dataset005_Second")
+    assert encoder_shapes(source) == encoder_shapes(first) == encoder_shapes(second)
+    assert fine_tunes_from(source, first, preprocessed, tmp_path) and fine_tunes_from(source, second, preprocessed, tmp_path)
+    kept = second["configurations"]["3d_fullres"]
+    assert kept["spacing"] == [1.0, 1.0, 1.0] and kept["normalization_schemes"] == ["CTNormalization"] and "cva" not in kept
+    assert kept["data_identifier"] == "nnUNetPlansCVA_3d_fullres" and second["dataset_name"] == "Dataset005_Second"
+    assert second["foreground_intensity_properties_per_channel"] == {"0": {"mean": -8.0}}
+    assert "nnUNetv2_preprocess -d 5 -plans_name nnUNetPlansCVA -c 3d_fullres" in capsys.readouterr().out
+
+
+def test_a_preset_is_written_into_all_targets_and_kept_plans_into_later_ones(targets, capsys):
+    _, preprocessed = targets
+    assert call("-d", 500, "--target", 4, "--preset", "tiny") == 0
+    source, first = planned(preprocessed), planned(preprocessed, "Dataset004_First")
+    assert encoder_shapes(source) == encoder_shapes(first) and first["configurations"]["3d_fullres"]["spacing"] == [2.0] * 3
+    before = everything(preprocessed / "Dataset500_Images")
+    assert call("-d", 500, "--target", 5, "--keep-plans") == 0
+    assert everything(preprocessed / "Dataset500_Images") == before
+    assert encoder_shapes(planned(preprocessed, "Dataset005_Second")) == encoder_shapes(source)
+    planned_before = everything(preprocessed / "Dataset004_First")
+    assert call("-d", 500, "--target", 4, "--preset", "resencl_96") == 2
+    assert "exists and differs" in capsys.readouterr().err and everything(preprocessed / "Dataset004_First") == planned_before
+
+
+def test_other_numbers_of_channels_are_pointed_out(targets, capsys):
+    raw, preprocessed = targets
+    four = tiny_plans()
+    four["configurations"]["3d_fullres"].update(normalization_schemes=["ZScoreNormalization"] * 2, use_mask_for_norm=[False] * 2)
+    four["foreground_intensity_properties_per_channel"] = {"0": {"mean": 1.0}, "1": {"mean": 2.0}}
+    labelled_dataset(raw, preprocessed, "Dataset006_Two", four, channels=("T1", "T2"))
+    assert call("-d", 500, "--target", 6) == 0
+    assert "for Dataset006_Two:\n  It has 2 channels, the pretraining 1: adapt the weights" in capsys.readouterr().out
+    assert PlansManager(planned(preprocessed)).get_configuration("3d_fullres").normalization_schemes == ["ZScoreNormalization"]
+
+
+def test_validation_images_of_a_target_are_found_by_their_voxels_and_can_be_left_out(targets, tmp_path, capsys):
+    raw, preprocessed = targets
+    fold = [{"train": [f"First_{i:03d}" for i in (0, 1, 2)], "val": [f"First_{i:03d}" for i in (3, 4, 5)]}]
+    (preprocessed / "Dataset004_First" / "splits_final.json").write_text(json.dumps(fold))
+    write_several(tmp_path / "pile", 3)
+    write(tmp_path / "pile" / "renamed.nrrd", voxels(140))  # First_004 in another format
+    write(tmp_path / "pile" / "trained_on.nrrd", voxels(110))  # First_001
+    assert call("-d", "Dataset504_Pile", "--images", tmp_path / "pile", "--target", 4) == 0
+    out = capsys.readouterr().out
+    assert "WARNING: 1 of 3 validation cases of fold 0 of Dataset004_First are in the pretraining set (First_004)" in out
+    assert call("-d", 504, "--target", 4, "--hold-out", 0) == 0
+    assert "WARNING" not in capsys.readouterr().out.replace("WARNING: in ", "")
+    cases = (preprocessed / "Dataset504_Pile" / "cases.csv").read_text()
+    assert "pile__trained_on" in cases and "pile__renamed" not in cases
+    rejected = (preprocessed / "Dataset504_Pile" / "rejected.csv").read_text()
+    assert "pile__renamed,held out: a target validates on it" in rejected
+
+
+def test_without_a_split_of_its_own_the_targets_default_split_counts(targets, capsys):
+    """Reference: nnU-Net's rule, five folds; the images of the target itself are pretrained on, so all are in."""
+    assert call("-d", "Dataset505_Own", "--images", 4, "--target", 4) == 0
+    out = capsys.readouterr().out
+    assert [f"of fold {i} of Dataset004_First" in out for i in range(6)] == [True] * 5 + [False]
+
+
+# ---- what may not be done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("-d", 4), "Dataset004_First is a dataset with labels.*--images Dataset004_First"),
+        (("-d", 77), "no dataset 77 .*full name, for example -d Dataset500_HeadMR"),
+        (("-d", "Dataset507_New"), "No images for Dataset507_New: give --images"),
+        (("-d", 500, "--preset", "big"), "expected one of .*ssl3d_resencl"),
+        (("-d", 500, "-pl", "Nobody"), "no such planner"),
+        (("-d", 500, "--target", 4, "--target-plans", "Other"), r"Other.json not found \(plans there: nnUNetPlans\)"),
+        (("-d", 500, "--target", 4, "-c", "2d"), "2D. Pretraining needs a 3D"),
+        (("-d", 500, "--target", 4, "-c", "nope"), "Expected one of 3d_fullres, 2d"),
+        (("-d", 500, "--preset", "tiny", "--view", 48, 48, 50), "--view 48x48x50: expected multiples .* 8x8x8"),
+        (("-d", 500, "--preset", "tiny", "--modality", "T1", "T2"), r"--modality T1 T2: expected 1 name"),
+        (("-d", 500, "--keep-plans"), "name them with --target"),
+        (("-d", 500, "--images", "/nowhere"), "no such folder"),
+        (("-d", 500, "--adopt", 4, "--images", 4), "make two datasets"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_end_with_one_line(targets, capsys, arguments, match):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(match, error), error
+
+
+def test_without_a_place_to_write_it_says_so(monkeypatch, capsys):
+    assert call("-d", 500) == 2 and "nnUNet_preprocessed is not set" in capsys.readouterr().err
+
+
+def test_planning_again_keeps_what_the_user_has_added(folders):
+    _, preprocessed = folders
+    call("-d", 500, "--preset", "tiny")
+    path = preprocessed / "Dataset500_Images" / "nnUNetPlansCVA.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres_cva", "batch_size": 3}
+    plans["configurations"]["3d_fullres_cva"]["cva"]["epochs"] = 9
+    path.write_text(json.dumps(plans))
+    call("-d", 500, "--preset", "tiny", "--batch-size", 5)
+    again = planned(preprocessed)["configurations"]
+    assert again["mine"] == plans["configurations"]["mine"] and again["3d_fullres_cva"]["cva"]["epochs"] == 9
+    assert again["3d_fullres_cva"]["batch_size"] == 5
+
+
+# ---- the view, and what it takes
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 52), (18, 90, 70), (34, 50, 35)])
+def test_a_proposed_view_leaves_room_in_most_cases(shape):
+    rng = np.random.default_rng(0)
+    shapes = [tuple(int(n) for n in np.multiply(shape, rng.uniform(0.85, 1.2, 3))) for _ in range(30)]
+    largest, step = (16 * -(-shape[0] // 16), 16 * -(-shape[1] // 16), 8 * -(-shape[2] // 8)), (4, 8, 8)
+    view, found = proposal.propose_view(shapes, largest, step, CVAConfig())
+    assert found.fits >= proposal.ENOUGH * 30 and found.cases == 30
+    assert all(v % s == 0 and v <= n for v, s, n in zip(view, step, largest))
+    assert view != largest and proposal.room(shapes, largest, CVAConfig()).fits < proposal.ENOUGH * 30
+
+
+def test_a_view_that_fits_is_proposed_as_it_is():
+    assert proposal.propose_view([(90, 80, 100)] * 3, (32, 40, 32), (8, 8, 8), CVAConfig())[0] == (32, 40, 32)
+
+
+def test_cases_smaller_than_any_view_end_with_the_smallest():
+    view, found = proposal.propose_view([(6, 7, 5)] * 4, (32, 32, 32), (8, 8, 8), CVAConfig())
+    assert view == (16, 16, 16) and found.fits == 0
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("residual", 680e6), ("plain", 560e6)])
+def test_memory_follows_nnunets_rule(kind, reference):
+    """Reference: nnU-Net's planners call so many feature map voxels 8 GB at two patches; here there are two views per case."""
+    described = architecture(kind, (8, 16, 40, 40), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 2, 2)))
+    plans = {"configurations": {"3d_fullres": {"architecture": described}}}
+    view, mae = (64, 96, 32), CVAConfig(consistency_weight=0, contrastive_weight=0)
+    features = network(plans).compute_conv_feature_map_size(view)
+    one, four = (proposal.estimate_memory(described, view, n, 1, CVAConfig()) for n in (1, 4))
+    assert np.isclose(one.activations, 8 * features / reference, rtol=0.02) and np.isclose(four.activations, 4 * one.activations)
+    alone = proposal.estimate_memory(described, view, 1, 1, mae)
+    assert np.isclose(alone.activations, one.activations / 2)
+    parameters = sum(p.numel() for p in network(plans).parameters())
+    assert np.isclose(alone.parameters, 12 * parameters / 2**30)
+    assert "estimate, not measured" in str(one)
+
+
+# ---- statistics and splits
+
+
+def test_pooled_statistics_are_those_of_equally_many_voxels_of_every_case():
+    rng = np.random.default_rng(0)
+    samples = [rng.normal(m, s, 20000) for m, s in ((0, 10), (300, 50), (310, 5))]
+    cases = [{"quantiles": np.quantile(x, QUANTILES).tolist(), "mean": x.mean(), "std": x.std()} for x in samples]
+    found, everything = describe.pooled(cases), np.concatenate(samples)
+    for name, value in (
+        ("mean", everything.mean()),
+        ("std", everything.std()),
+        ("min", everything.min()),
+        ("max", everything.max()),
+    ):
+        assert np.isclose(found[name], value), name
+    for name, level in (("percentile_00_5", 0.005), ("median", 0.5), ("percentile_99_5", 0.995)):
+        assert abs(np.mean(everything <= found[name]) - level) < 0.002, name
+
+
+def test_splits_are_by_subject():
+    found = [(f"case_{i}", f"subject_{i // 3}") for i in range(40)]
+    splits = describe.splits(found)
+    assert len(splits) == 5 and splits == describe.splits(found[::-1])
+    subject = dict(found)
+    for fold in splits:
+        train, val = ({subject[k] for k in fold[side]} for side in ("train", "val"))
+        assert not train & val and sorted(fold["train"] + fold["val"]) == sorted(k for k, _ in found)
+    assert sorted(k for fold in splits for k in fold["val"]) == sorted(subject)
+
+
+@pytest.mark.parametrize(("subjects", "folds"), [(1, 1), (2, 2), (4, 4), (5, 5)])
+def test_few_subjects_give_few_folds(subjects, folds):
+    assert len(describe.splits([(f"c{i}", f"s{i % subjects}") for i in range(10)])) == folds
+
+
+# ---- real volumes
+
+
+@pytest.mark.skipif(not (SHARED / "Dataset101_BodyCT").is_dir(), reason="needs the shared volumes")
+def test_real_ct(tmp_path, monkeypatch):
+    _, preprocessed = nnunet_folders(tmp_path, monkeypatch)
+    monkeypatch.setenv("nnUNet_raw", str(SHARED))
+    assert call("-d", 101, "--modality", "CT", "--preset", "tiny") == 0
+    intensities = planned(preprocessed, "Dataset101_BodyCT")["foreground_intensity_properties_per_channel"]["0"]
+    assert intensities["percentile_00_5"] < -900 and 500 < intensities["percentile_99_5"] < 2000  # lungs and bone are in
