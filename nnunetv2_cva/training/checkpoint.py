@@ -1,0 +1,77 @@
+"""Checkpoints: nnU-Net's layout with everything of ours under ``cva``, plain types and CPU tensors, written atomically."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+
+
+def save(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write ``checkpoint`` so that ``path`` holds either the old file or the new one, whole, whatever happens.
+
+    Raises:
+        OSError: it could not be written (disk full, say); the old file is untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(_on_cpu(checkpoint, {}), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**30
+        kept = "the previous file is unchanged" if path.exists() else "no earlier file exists"
+        raise OSError(
+            f"Could not write {path}: {e}. {free:.1f} GB are free there; {kept}. Make room, then continue with --c."
+        ) from e
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The checkpoint, on the CPU. Opened with ``weights_only=True``: nothing in the file is executed.
+
+    Raises:
+        ValueError: no checkpoint of a trainer of this package.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "cva" not in checkpoint:
+        raise ValueError(
+            f"{path} is not a checkpoint of a pretraining trainer (no entry 'cva'). Weights of other trainers are a start, not "
+            "something to resume: pass the file with -pretrained_weights."
+        )
+    return checkpoint
+
+
+def newest(path: str | Path) -> Path:
+    """The newer of final and latest beside ``path``; nnU-Net's ``--c`` asks for final even when a later latest exists."""
+    folder = Path(path).parent
+    candidates = [folder / name for name in (FINAL, LATEST) if (folder / name).is_file()]
+    if Path(path).name not in (FINAL, LATEST) or not candidates:
+        return Path(path)
+    return max(candidates, key=os.path.getmtime)
+
+
+def _on_cpu(value: Any, moved: dict[Any, torch.Tensor]) -> Any:
+    """``value`` with tensors on the CPU. Tensors that share memory still do: nnU-Net's state dicts hold each encoder twice, and
+    copies would triple the file."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if value.device.type == "cpu":
+            return value
+        key = (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if key not in moved:
+            moved[key] = value.cpu()
+        return moved[key]
+    if isinstance(value, dict):
+        return {k: _on_cpu(v, moved) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(v, moved) for v in value)
+    return value

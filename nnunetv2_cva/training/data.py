@@ -1,0 +1,135 @@
+"""The trainer's data: which cases are trained on, which are kept back, whether they allow what is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.seeding import stream
+from nnunetv2_cva.training.device import Share
+from nnunetv2_cva.views.geometry import check_feasible, feasibility
+from nnunetv2_cva.views.index import read_index, sampling_weights
+from nnunetv2_cva.views.loader import Batches, Cases, PairDataset, check_cases, make_loader, worker_count
+
+
+def open_cases(folder: str | Path) -> Cases:
+    """The preprocessed cases in ``folder``.
+
+    Raises:
+        ValueError: there are none, or not in nnU-Net's blosc2 format.
+    """
+    folder = Path(folder)
+    remedy = "Run nnUNetv2_cva preprocess (images alone) or nnUNetv2_plan_and_preprocess (labelled datasets) first."
+    if not folder.is_dir():
+        raise ValueError(f"No preprocessed data: {folder} does not exist. {remedy}")
+    index = read_index(folder)
+    if index is not None:
+        return Cases(index.root, index.keys)
+    keys = sorted(
+        e.name[:-5] for e in os.scandir(folder) if e.name.endswith(".b2nd") and not e.name.endswith("_seg.b2nd")
+    )
+    if not keys:
+        other = "It holds .npz files of an older nnU-Net: preprocess again. " if any(folder.glob("*.npz")) else ""
+        raise ValueError(f"No preprocessed data: {folder} holds no .b2nd case. {other}{remedy}")
+    return Cases(folder, keys)
+
+
+class IndexedDataset(nnUNetDatasetBlosc2):
+    """nnU-Net's dataset class for folders that may have an index: tells nnU-Net's splits which cases there are."""
+
+    @staticmethod
+    def get_identifiers(folder: str) -> list[str]:
+        """From the index, else from the folder's listing."""
+        return [str(key) for key in open_cases(folder).keys]
+
+
+class TrainingData:
+    """Batches of training cases and the fixed probe pairs.
+
+    ``training``, ``probes``: case names; without names to keep back, probe pairs are training cases and ``summary`` says so.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        training: list[str],
+        probes: list[str],
+        channels: int,
+        size: tuple[int, int, int],
+        config: CVAConfig,
+        share: Share,
+        device_type: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.size, self.config, self.share, self.device_type, self.say = size, config, share, device_type, say
+        if share.total > len(training):
+            raise ValueError(
+                f"batch_size {share.total} of the plans, but only {len(training)} training cases: the cases of a step are "
+                "different cases. Lower batch_size or add cases."
+            )
+        self.index = read_index(folder)
+        self.cases = Cases(folder if self.index is None else self.index.root, sorted(set(training) | set(probes)))
+        self.training = training
+        self._check(channels)
+        if probes:
+            self.probes = sorted(probes)[: config.probe_cases]
+            say(f"Probe pairs come from {len(self.probes)} cases that are not trained on: {', '.join(self.probes)}.")
+        else:
+            self.probes = sorted(training)[: config.probe_cases]
+            say(f"Too few cases to keep any back: the probe pairs come from {len(self.probes)} training cases.")
+
+    def _check(self, channels: int) -> None:
+        """Read headers and, as far as time allows, voxels; see how much overlap the cases allow."""
+        checked = check_cases(self.cases, channels, self.config.check_seconds)
+        self.say(str(checked))
+        spread = checked.shapes[:: max(1, len(checked.shapes) // 512)]
+        found = feasibility(spread, self.size, self.config, stream("feasibility", self.config.seed))
+        if self.config.needs_second_view:
+            self.say(str(found))
+        warning = check_feasible(found, self.size, self.config)
+        if warning:
+            self.say(warning)
+
+    def batches(self, first_step: int, last_step: int) -> Batches:
+        """The training batches of these steps, prepared by worker processes."""
+        workers = worker_count(self.config.workers, self.device_type, os.environ, self.share.processes)
+        share = (self.share.begin, self.share.end)
+        dataset = PairDataset(
+            self.cases, self.training, self.size, self.config, self.share.total, share, self.config.seed, self._weights()
+        )
+        loader, note = make_loader(
+            dataset, first_step, last_step, workers, self.config.prefetch, self.device_type == "cuda",
+            processes=self.share.processes,
+        )  # fmt: skip
+        self.say(
+            f"{len(self.training)} training cases, {loader.num_workers} loader processes.{' ' + note if note else ''}"
+        )
+        return Batches(loader)
+
+    def _weights(self) -> np.ndarray | None:
+        """How likely each training case is drawn."""
+        if self.config.sampling == "cases":
+            return None
+        if self.index is None:
+            raise ValueError(
+                f"sampling {self.config.sampling!r} draws from several datasets, but there is no index that names them: the data "
+                "was not made by `nnUNetv2_cva preprocess` or adopted by `nnUNetv2_cva plan --adopt`."
+            )
+        return sampling_weights(self.index.dataset_of_keys(self.training), self.config.sampling)
+
+    def probe_batches(self) -> list[dict[str, Any]]:
+        """The probe pairs, in batches as large as a training step; always the same."""
+        per_step = max(1, self.share.total)
+        groups = [self.probes[i : i + per_step] for i in range(0, len(self.probes), per_step)]
+        if len(groups) > 1 and len(groups[-1]) < 2:  # batch statistics of a single case say little
+            groups[-2:] = [groups[-2] + groups[-1]]
+        return [
+            PairDataset(self.cases, group, self.size, self.config, len(group), (0, len(group)), self.config.seed)[0]
+            for group in groups
+        ]

@@ -1,0 +1,51 @@
+"""What the device of this process can do, and which part of a step is its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of a step: cases ``begin`` to before ``end`` of ``total``, beside ``processes`` on this machine."""
+
+    total: int
+    begin: int
+    end: int
+    processes: int = 1
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for float32. "auto": bfloat16 where a CUDA device has it, else float16; float32 elsewhere.
+
+    Raises:
+        ValueError: a reduced precision on a device that has no CUDA.
+    """
+    if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"precision: {precision!r} needs a CUDA device, found {device.type!r}. Use 'auto' or 'fp32'.")
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if precision == "bf16" else torch.float16
+
+
+def share_of_rank(cases: int) -> Share:
+    """This process's part of the ``cases`` of a step over all GPUs.
+
+    Raises:
+        ValueError: fewer cases than processes.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Share(cases, 0, cases)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if cases < world:
+        raise ValueError(
+            f"batch_size {cases} of the plans is smaller than the number of GPUs, {world}. Use fewer GPUs."
+        )
+    base, extra = divmod(cases, world)
+    begin = rank * base + min(rank, extra)
+    return Share(cases, begin, begin + base + (rank < extra), world)

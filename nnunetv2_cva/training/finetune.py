@@ -1,0 +1,137 @@
+"""Fine-tuning with nnU-Net's own trainers: another learning rate and a warm-up, all else as they do it.
+
+Checkpoints carry the stock trainer's name, so prediction needs nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.training import checkpoint as checkpoints
+from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
+
+KEY = "cva_finetune"  # of a configuration in the plans; not "cva", which plans copied from the pretraining may hold
+VARIABLE = "nnUNet_cva_finetune"
+# The settings that a fine-tuning has. Clipping is in the stock trainers' training step: 12 for U-Nets, 1 for Primus.
+SETTINGS = (
+    "epochs", "warmup_epochs", "iterations_per_epoch", "optimizer", "learning_rate", "weight_decay", "momentum", "betas",
+)  # fmt: skip
+WARMUP_EPOCHS = 50
+
+
+class Finetuning(nnUNetTrainer):
+    """Stands before a stock trainer in a recipe's bases: ``class X(Finetuning, nnUNet_Primus_M_Trainer)``."""
+
+    config: CVAConfig = CVAConfig()
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        block = self.configuration_manager.configuration.get(KEY)
+        self.config = resolve_finetuning(type(self).config, block, configuration, os.environ)
+        self.initial_lr, self.weight_decay = self.config.learning_rate, self.config.weight_decay
+        self.num_epochs, self.num_iterations_per_epoch = self.config.epochs, self.config.iterations_per_epoch
+
+    @classmethod
+    def stock_trainer(cls) -> type[nnUNetTrainer]:
+        """nnU-Net's class that this one fine-tunes with."""
+        return next(c for c in cls.__mro__ if c.__module__.startswith("nnunetv2."))
+
+    def configure_optimizers(self, stage: str | None = None) -> tuple[torch.optim.Optimizer, Schedule]:
+        """One optimizer for the whole training. ``stage``: trainers with a warm-up of their own ask again when it ends."""
+        if self.optimizer is not None:
+            return self.optimizer, self.lr_scheduler
+        optimizer = make_optimizer(self.network.parameters(), self.config, self.device)
+        return optimizer, Schedule(optimizer, self.config)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.print_to_log_file(
+            f"Fine-tuning: {self.config.optimizer}, learning rate {self.config.learning_rate:g} after "
+            f"{self.config.warmup_epochs} warm-up epochs of {self.num_epochs}. "
+            f"Checkpoints carry the name {self.stock_trainer().__name__}."
+        )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, written atomically, under the stock trainer's name."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        content = {
+            "network_weights": network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.stock_trainer().__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        checkpoints.save(content, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As nnU-Net's base trainer does it: the schedule follows from the epoch, no stage has to be restored first."""
+        nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
+
+
+class Schedule:
+    """nnU-Net's interface to a learning rate that is a function of the epoch alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: CVAConfig) -> None:
+        self.optimizer, self.config = optimizer, config
+
+    def step(self, epoch: int) -> None:
+        """Set the rate of ``epoch``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, self.config)
+
+
+def resolve_finetuning(
+    recipe: CVAConfig, block: Mapping[str, Any] | None, configuration: str, environment: Mapping[str, str]
+) -> CVAConfig:
+    """recipe < plans file, ``configurations[c]["cva_finetune"]`` < environment variable ``nnUNet_cva_finetune`` (JSON).
+
+    Unless set, the warm-up is a tenth of the epochs and at most 50: 50 of 1000, 15 of 150.
+
+    Raises:
+        ValueError: a bad value anywhere; the message names the key and where it came from.
+    """
+    config, given = recipe, set()
+    text = environment.get(VARIABLE, "").strip()
+    try:
+        thrown_in = json.loads(text) if text else {}
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"environment variable {VARIABLE}: expected JSON such as '{{\"epochs\": 150}}', found {text!r} ({e})."
+        ) from None
+    for origin, values in (
+        (f'plans file, configurations["{configuration}"]["{KEY}"]', block or {}),
+        (f"environment variable {VARIABLE}", thrown_in),
+    ):
+        if isinstance(values, Mapping) and (unknown := [k for k in values if k not in SETTINGS]):
+            raise ValueError(f"{origin}: unknown setting {unknown[0]!r}. Valid settings: {', '.join(SETTINGS)}.")
+        config = config.updated(values, origin)
+        given |= set(values)
+    if "warmup_epochs" not in given:
+        config = replace(config, warmup_epochs=min(WARMUP_EPOCHS, config.epochs // 10))
+    return config

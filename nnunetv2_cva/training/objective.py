@@ -1,0 +1,69 @@
+"""From a batch to the recipe's losses: augment, hide, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_cva import losses
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.seeding import stream, torch_seed
+from nnunetv2_cva.views.augment import augment
+from nnunetv2_cva.views.masking import draw_mask, expand_mask, hide
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on the device, augmented. N view-major views; ``visible``: the views with hidden voxels 0; ``mask``: hidden blocks
+    (N, gi, gj, gk); ``hidden``: hidden voxels (N, 1, I, J, K). Both None when nothing is hidden."""
+
+    views: Tensor
+    rois: Tensor
+    inside: Tensor
+    visible: Tensor
+    mask: Tensor | None
+    hidden: Tensor | None
+
+
+def prepare(
+    batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int], device: torch.device, *seed: int
+) -> Prepared:
+    """Augment the loader's batch and draw its masks, all from ``seed``. On a CPU the batch's views are changed in place."""
+    views, rois, inside = (batch[name].to(device, non_blocking=True) for name in ("views", "rois", "inside"))
+    noise = torch.Generator(device).manual_seed(torch_seed("noise", *seed))
+    views = augment(views, config, stream("intensities", *seed), noise)
+    if config.mask_ratio == 0:
+        return Prepared(views, rois, inside, views, None, None)
+    i, j, k = views.shape[2:]
+    size = (i, j, k)
+    mask = draw_mask(len(views), size, block, config.mask_ratio, stream("masks", *seed)).to(device, non_blocking=True)
+    hidden = expand_mask(mask, block, size)
+    return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
+
+
+def objective(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Prepared, config: CVAConfig
+) -> dict[str, Tensor]:
+    """Every loss of the recipe, unweighted, and their weighted sum ``total`` (paper, total loss).
+
+    ``student``, ``teacher``: what the branches say about the batch's views.
+    """
+    found = {}
+    if config.reconstruction_weight > 0:
+        prediction = student["reconstruction"]
+        found["reconstruction"] = losses.reconstruction_loss(prediction, batch.views, batch.hidden, batch.inside)
+    if config.consistency_weight > 0:
+        mine, theirs = by_view(student["bins"]), by_view(teacher["bins"])
+        found["consistency"] = losses.consistency_loss(config.consistency, mine, theirs, config.temperature)
+    if config.contrastive_weight > 0:
+        found["contrastive"] = losses.nt_xent(by_view(student["image"]), by_view(teacher["image"]), config.temperature)
+    total = torch.stack([getattr(config, f"{name}_weight") * loss for name, loss in found.items()]).sum()
+    return {**found, "total": total}
+
+
+def by_view(vectors: Tensor) -> Tensor:
+    """View-major (2B, ...) as (2, B, ...)."""
+    return vectors.unflatten(0, (2, -1))

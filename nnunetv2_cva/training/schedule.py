@@ -1,0 +1,36 @@
+"""Optimizer and learning rate. The rate is a function of the epoch alone, so a resumed run continues it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from nnunetv2_cva.config import CVAConfig
+
+POLY_EXPONENT = 0.9  # nnU-Net's
+
+
+def learning_rate(epoch: int, config: CVAConfig) -> float:
+    """Linear warm-up over ``warmup_epochs``, then polynomial decay that reaches 0 after the last epoch."""
+    if epoch < config.warmup_epochs:
+        return config.learning_rate * (epoch + 1) / config.warmup_epochs
+    progress = (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs)
+    return config.learning_rate * max(0.0, 1 - progress) ** POLY_EXPONENT
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: CVAConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), fused on CUDA."""
+    trained = [p for p in parameters if p.requires_grad]
+    fused = True if device.type == "cuda" else None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+            fused=fused,
+        )  # fmt: skip
+    return torch.optim.AdamW(
+        trained, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )

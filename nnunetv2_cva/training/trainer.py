@@ -1,0 +1,431 @@
+"""The pretraining trainer: nnU-Net's own, with other data, two branches and other losses. Wiring only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p, save_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import Tensor, nn
+
+from nnunetv2_cva import __version__
+from nnunetv2_cva.config import CVAConfig, check_resumable, resolve
+from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.model.primus import not_built
+from nnunetv2_cva.seeding import torch_seed
+from nnunetv2_cva.training import checkpoint as checkpoints
+from nnunetv2_cva.training.data import IndexedDataset, TrainingData, open_cases
+from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
+from nnunetv2_cva.training.monitor import History
+from nnunetv2_cva.training.objective import objective, prepare
+from nnunetv2_cva.training.probe import criterion, score
+from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
+from nnunetv2_cva.transfer.start import start_from
+
+PROGRESS_SECONDS = 60.0
+
+
+class CVATrainer(nnUNetTrainer):
+    """Base of all recipes. A recipe sets ``config`` and, for a network that nnU-Net builds in a trainer, ``backbone_trainer``."""
+
+    config: CVAConfig = CVAConfig()
+    backbone_trainer: type[nnUNetTrainer] = nnUNetTrainer
+    current_epoch: int
+    was_initialized: bool
+    data: TrainingData
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.config = resolve(type(self).config, self.plans_manager.plans, configuration, os.environ)
+        self.num_epochs = self.config.epochs
+        self.num_iterations_per_epoch = self.config.iterations_per_epoch
+        self.num_val_iterations_per_epoch = 0  # nothing is labelled; probe pairs are scored instead
+        self.enable_deep_supervision = False
+        self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
+        self._check_plans()
+        self.autocast_dtype = autocast_dtype(self.config.precision, self.device)
+        self.grad_scaler = torch.amp.GradScaler("cuda") if self.autocast_dtype == torch.float16 else None
+        self.history = History(self.output_folder)
+        self.teacher: Teacher | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def _check_plans(self) -> None:
+        """Refuse, before anything is built, what cannot be pretrained on."""
+        where = f"Configuration {self.configuration_name} of {self.plans_manager.plans_name}"
+        if len(self.view_size) != 3:
+            raise ValueError(
+                f"{where} is {len(self.view_size)}D (patch_size {list(self.view_size)}). Pretraining needs a 3D configuration, "
+                "for example 3d_fullres."
+            )
+        if self.is_cascaded:
+            raise ValueError(
+                f"{where} is the second stage of a cascade and needs segmentations. Use 3d_fullres or 3d_lowres."
+            )
+        if self.config.contrastive_weight > 0 and self.configuration_manager.batch_size < 2:
+            raise ValueError(
+                f"{where} has batch_size {self.configuration_manager.batch_size}. The contrastive loss compares cases: raise "
+                "batch_size to 2 or more, or set contrastive_weight to 0."
+            )
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnUNetv2_predict is the only caller: there is no segmentation to predict."""
+        raise ValueError(
+            "This folder holds a pretraining, which cannot predict. Fine-tune from it (nnUNetv2_train ... -pretrained_weights "
+            "checkpoint_final.pth) and predict with the fine-tuned model."
+        )
+
+    def initialize(self) -> None:
+        """Build the network with nnU-Net's code, and around it what pretraining needs."""
+        assert not self.was_initialized, "initialize() is called once"
+        open_cases(self.preprocessed_dataset_folder)
+        self.dataset_class = IndexedDataset
+        torch.manual_seed(self.config.seed)
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        try:
+            self.network = self.backbone_trainer.build_network_architecture(
+                self.plans_manager, self.configuration_manager, self.num_input_channels, self.num_input_channels, False
+            )
+        except AssertionError as e:
+            raise not_built(self.backbone_trainer.__name__, self.view_size, e) from e
+        backbone = make_backbone(self.network, self.config)
+        backbone.check_view(self.view_size)
+        self.student = Student(backbone, self.config).to(self.device)
+        self.optimizer = make_optimizer(self.student.parameters(), self.config, self.device)
+        self._built = _checksum(self.network)
+        self.was_initialized = True
+
+    # ---- start
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        self._start_from_file()
+        self._make_teacher()
+        self._open_data()
+        self._describe_run()
+        self.print_plans()
+        if self.local_rank == 0:
+            self._write_folder()
+        self._step_module = self._wrapped(self.student)
+        its = self.num_iterations_per_epoch
+        self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        self._resumed = None
+        self._saved_at = monotonic()
+        empty_cache(self.device)
+
+    def _start_from_file(self) -> None:
+        """Fill the network from ``init_from``, adapted where it must be; a resumed run has its weights already."""
+        if self.config.init_from is not None and self._resumed is None:
+            if _checksum(self.network) != self._built:
+                raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
+            for line in start_from(self.config.init_from, self.network, self.view_size):
+                self.print_to_log_file(line)
+
+    def _make_teacher(self) -> None:
+        """The teacher starts as a copy of the student as it is now: after nnU-Net has loaded any weights."""
+        if self.config.needs_heads:
+            self.teacher = Teacher(self.student).to(self.device).eval()
+        if self._resumed is not None:
+            if self.teacher is not None:
+                self.teacher.load_state_dict(self._resumed["teacher"])
+            self.print_to_log_file(
+                f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as saved."
+            )
+        elif _checksum(self.network) != self._built:
+            start = "the teacher starts as a copy of them, the heads are new" if self.teacher else "there is no teacher"
+            self.print_to_log_file(f"Starting from pretrained weights; {start}.")
+
+    def _open_data(self) -> None:
+        training, probes = self.do_split()
+        self.data = TrainingData(
+            self.preprocessed_dataset_folder,
+            training,
+            [] if set(probes) & set(training) else probes,
+            self.num_input_channels,
+            self.view_size,
+            self.config,
+            share_of_rank(self.configuration_manager.batch_size),
+            self.device.type,
+            self.print_to_log_file,
+        )
+        self.probe_batches = self.data.probe_batches()
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the probe pairs."""
+        training, held_back = super().do_split()
+        if self.fold != "all":
+            return sorted(training), sorted(held_back)
+        ordered = sorted(training)
+        count = min(self.config.probe_cases, len(ordered) // 10)
+        probes = [ordered[i] for i in np.linspace(0, len(ordered) - 1, count).astype(int)]
+        return [k for k in ordered if k not in set(probes)], probes
+
+    def _describe_run(self) -> None:
+        cases = self.configuration_manager.batch_size
+        views = 2 * cases if self.config.needs_second_view else cases
+        teacher = " and as many through the teacher's encoder" if self.teacher is not None else ""
+        trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.print_to_log_file(
+            f"Each step: {cases} cases, {views} views of {'x'.join(map(str, self.view_size))} voxels through the student"
+            f"{teacher} (patch_size and batch_size of the plans). {trained / 1e6:.1f} M parameters are trained, precision "
+            f"{str(self.autocast_dtype or torch.float32).removeprefix('torch.')}."
+        )
+        self.print_to_log_file(f"The best checkpoint is the one with the {criterion(self.config)[2]}.")
+        self.print_to_log_file(f"Settings of the method: {self.config.as_dict()}")
+
+    def _write_folder(self) -> None:
+        """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
+        maybe_mkdir_p(self.output_folder)
+        save_json(self.plans_manager.plans, join(self.output_folder_base, "plans.json"), sort_keys=False)
+        save_json(self.dataset_json, join(self.output_folder_base, "dataset.json"), sort_keys=False)
+        save_json(self.config.as_dict(), join(self.output_folder, "cva_config.json"), sort_keys=False)
+        fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
+        if isfile(fingerprint):
+            shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
+        self.history.restore([] if self._resumed is None else self._resumed["history"])
+
+    def _wrapped(self, module: nn.Module) -> nn.Module:
+        if self.is_ddp:
+            module = nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank])
+        self._untried = self._do_i_compile()
+        return torch.compile(module) if self._untried else module  # type: ignore[return-value]
+
+    # ---- one epoch
+
+    def on_epoch_start(self) -> None:
+        self._began = self._said = monotonic()
+        self._steps = 0
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(torch_seed("network", self.config.seed, self.current_epoch, self.local_rank))
+        self.student.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.current_epoch, self.config)
+        self.dataloader_train.waited = 0.0
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch} of {self.num_epochs}")
+
+    def train_step(self, batch: dict) -> dict[str, Tensor]:
+        block = self.student.backbone.block
+        ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            student = self._student(ready.visible, ready.mask, ready.rois)
+            teacher = self.teacher(ready.views, ready.rois) if self.teacher is not None else {}
+        losses = objective(student, teacher, ready, self.config)
+        if self._update(losses["total"]) and self.teacher is not None:
+            self.teacher.follow(self.student, self.config.teacher_momentum)
+        self._show_progress()
+        return {**{name: loss.detach() for name, loss in losses.items()}, "overlap": batch["overlap"].mean()}
+
+    def _student(self, *inputs: Tensor | None) -> dict[str, Tensor]:
+        """The student; a compilation that fails at its first step is reported in one line and given up."""
+        if not self._untried:
+            return self._step_module(*inputs)
+        self._untried = False
+        try:
+            return self._step_module(*inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:
+            self._step_module = cast(nn.Module, self._step_module._orig_mod)
+            found = self._step_module(*inputs)  # fails in the same way when compiling was not to blame
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            self.print_to_log_file(
+                f"Going on without torch.compile, which failed: {reason} (nnUNet_compile=0 switches it off)"
+            )
+            return found
+
+    def _update(self, total: Tensor) -> bool:
+        """Backward, clip, step. False when the loss scaler skipped the step."""
+        scaler = self.grad_scaler
+        parameters = self.optimizer.param_groups[0]["params"]
+        if scaler is None:
+            total.backward()
+            nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            self.optimizer.step()
+            return True
+        before = scaler.get_scale()
+        scaler.scale(total).backward()
+        scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+        scaler.step(self.optimizer)
+        scaler.update()
+        return scaler.get_scale() >= before
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+
+    def _show_progress(self) -> None:
+        self._steps += 1
+        if monotonic() - self._said > PROGRESS_SECONDS and self._steps < self.num_iterations_per_epoch:
+            self._said = monotonic()
+            pace = (self._said - self._began) / self._steps
+            self.print_to_log_file(f"  {self._steps} of {self.num_iterations_per_epoch} iterations, {pace:.2f} s each")
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
+        seconds = monotonic() - self._began
+        means = {k: torch.stack([o[k].to(self.device) for o in train_outputs]).mean() for k in train_outputs[0]}
+        if self.is_ddp:
+            for value in means.values():
+                dist.all_reduce(value, dist.ReduceOp.AVG)
+        if not torch.isfinite(means["total"]):
+            raise RuntimeError(
+                f"The loss became {means['total'].item()} in epoch {self.current_epoch}. The last checkpoint is untouched: "
+                "continue from it with --c and precision fp32, or start again with a lower learning_rate."
+            )
+        overlap = means.pop("overlap").item()
+        self.record: dict[str, Any] = {
+            "epoch": self.current_epoch,
+            **{f"{name}_loss": value.item() for name, value in means.items()},
+            "overlap": overlap,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "data_wait": self.dataloader_train.waited / seconds,
+            "seconds": seconds,
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        pass
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        found = score(self.student, self.teacher, self.probe_batches, self.config, self.device, self._autocast)
+        self.record.update(found)
+
+    def on_epoch_end(self) -> None:
+        key, sign, _ = criterion(self.config)
+        earlier = [sign * record[key] for record in self.history.epochs]
+        improved = not earlier or sign * self.record[key] > max(earlier)
+        self.record["seconds"] = monotonic() - self._began
+        self.history.epochs.append(self.record)
+        if self.local_rank == 0:
+            self._report(f"best so far: {key}" if improved else "")
+            self.history.write()
+            self.history.plot()
+        if improved:
+            self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
+        age = monotonic() - self._saved_at + self.record["seconds"]
+        last = self.current_epoch == self.num_epochs - 1
+        if not last and (self.current_epoch == 0 or age > 60 * self.config.checkpoint_minutes):
+            self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
+            self._saved_at = monotonic()
+        self.current_epoch += 1
+
+    def _report(self, note: str) -> None:
+        """One line per group of metrics, and the same to W&B where nnU-Net's switch for it is on."""
+        record = self.record
+        losses = [k for k in record if k.endswith("_loss")]
+        rest = [k for k in record if k not in losses and k not in ("epoch", "seconds")]
+        self.print_to_log_file("  " + ", ".join(f"{k} {record[k]:.4f}" for k in losses))
+        self.print_to_log_file("  " + ", ".join(f"{k} {record[k]:.4g}" for k in rest))
+        self.print_to_log_file(f"  {record['seconds']:.1f} s" + (f", {note}" if note else ""))
+        for logger in self.logger.loggers:
+            for name in losses + rest:
+                logger.log(name, record[name], self.current_epoch)
+
+    # ---- end
+
+    def on_train_end(self) -> None:
+        self.save_checkpoint(join(self.output_folder, checkpoints.FINAL))
+        latest = join(self.output_folder, checkpoints.LATEST)
+        if self.local_rank == 0 and not self.disable_checkpointing and isfile(latest):
+            os.remove(latest)
+        self.dataloader_train.close()
+        empty_cache(self.device)
+        self.print_to_log_file("Training done.")
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Nothing is labelled: the last metrics, and what to do with the weights."""
+        if self.local_rank != 0:
+            return
+        weights = join(self.output_folder, checkpoints.FINAL)
+        if self.history.epochs:
+            last = {k: round(v, 4) for k, v in self.history.epochs[-1].items()}
+            self.print_to_log_file(f"Metrics of the last epoch: {last}")
+        trainer = "" if self.backbone_trainer is nnUNetTrainer else f" -tr {self.backbone_trainer.__name__}"
+        self.print_to_log_file(
+            "Fine-tune with nnU-Net itself, on a dataset that has these plans:\n"
+            f"nnUNetv2_train DATASET {self.configuration_name} FOLD -p {self.plans_manager.plans_name}{trainer} "
+            f"-pretrained_weights {weights}\n"
+            "For a dataset with other plans, make a file that fits with nnUNetv2_cva export."
+        )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        ended = os.path.basename(filename) == checkpoints.FINAL
+        content = {
+            "network_weights": self.network.state_dict(),
+            "init_args": {
+                "plans": self.plans_manager.plans,
+                "configuration": self.configuration_name,
+                "fold": self.fold,
+                "dataset_json": self.dataset_json,
+            },
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": None,
+            "current_epoch": self.current_epoch if ended else self.current_epoch + 1,
+            "cva": {
+                "version": __version__,
+                "config": self.config.as_dict(),
+                "history": self.history.epochs,
+                "backbone_trainer": self.backbone_trainer.__name__,
+            },
+        }
+        if os.path.basename(filename) != checkpoints.BEST:
+            content["optimizer_state"] = self.optimizer.state_dict()
+            content["grad_scaler_state"] = self.grad_scaler.state_dict() if self.grad_scaler else None
+            content["cva"]["heads"] = {name: module.state_dict() for name, module in self.student.heads().items()}
+            content["cva"]["teacher"] = self.teacher.state_dict() if self.teacher is not None else None
+        checkpoints.save(content, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for."""
+        path = checkpoints.newest(filename_or_checkpoint)
+        content = checkpoints.load(path)
+        if "heads" not in content["cva"]:
+            raise ValueError(
+                f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."
+            )
+        self.config = check_resumable(content["cva"]["config"], self.config)
+        if not self.was_initialized:
+            self.initialize()
+        self.network.load_state_dict(content["network_weights"])
+        for name, module in self.student.heads().items():
+            module.load_state_dict(content["cva"]["heads"][name])
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.current_epoch = content["current_epoch"]
+        self.history.epochs = list(content["cva"]["history"])
+        self._resumed = content["cva"]
+
+
+def _checksum(network: nn.Module) -> float:
+    """Tells whether somebody has loaded other weights."""
+    return sum(p.detach().double().abs().sum().item() for p in network.parameters())

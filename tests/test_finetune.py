@@ -1,0 +1,166 @@
+"""Fine-tuning recipes: nnU-Net's trainers with another learning rate, whose checkpoints need nothing of ours."""
+
+import ast
+import inspect
+import json
+import pickle
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from networks import primus
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+from projects import DATASET_JSON, NAME, make_project, make_trainer
+
+from nnunetv2_cva.commands.hook import recipes_folder
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.training.finetune import KEY, VARIABLE, Finetuning, resolve_finetuning
+
+FAST = {"epochs": 3, "iterations_per_epoch": 1, "warmup_epochs": 2}
+
+
+class FinetuneUNet(Finetuning, nnUNetTrainer):
+    config = CVAConfig(learning_rate=1e-3, epochs=1000)
+
+
+class TinyPrimusTrainer(AbstractPrimus):
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels, _=True):
+        return primus(1, num_input_channels, num_output_channels, tuple(configuration_manager.patch_size))
+
+
+class FinetunePrimus(Finetuning, TinyPrimusTrainer):
+    config = CVAConfig(optimizer="adamw", learning_rate=1e-4, weight_decay=5e-2, epochs=1000)
+
+
+@pytest.fixture
+def labelled(tmp_path, monkeypatch):
+    """A preprocessed dataset with labels, for one process."""
+    data = make_project(tmp_path, monkeypatch, cases=6)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    for file in sorted(data.glob("case_??.b2nd")):
+        image = blosc2.open(str(file), mode="r")[:]
+        labels = (image > 0.5).astype(np.int8)
+        blosc2.asarray(labels, urlpath=str(file.with_name(f"{file.stem}_seg.b2nd")), mode="w")
+        properties = {"class_locations": {1: np.argwhere(labels > 0)}, "spacing": [1.0, 1.0, 1.0]}
+        file.with_suffix(".pkl").write_bytes(pickle.dumps(properties))
+    return data
+
+
+def settings(trainer_plans, **values):
+    file = trainer_plans / "nnUNetPlans.json"
+    content = json.loads(file.read_text())
+    content["configurations"]["3d_fullres"][KEY] = values
+    file.write_text(json.dumps(content))
+
+
+def finetune(recipe, **options):
+    trainer = make_trainer(recipe, **options)
+    trainer.num_val_iterations_per_epoch = 1
+    trainer.save_every = 1
+    rates = []
+    start = trainer.on_train_epoch_start
+    trainer.on_train_epoch_start = lambda: (start(), rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.run_training()
+    return trainer, rates
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stock", "rate"), [(FinetuneUNet, "nnUNetTrainer", 1e-3), (FinetunePrimus, "AbstractPrimus", 1e-4)]
+)
+def test_two_epochs_of_warm_up_then_poly_under_the_stock_name(labelled, recipe, stock, rate):
+    settings(labelled.parent, **FAST)
+    trainer, rates = finetune(recipe)
+    assert rates == pytest.approx([rate / 2, rate, rate])
+    assert type(trainer.optimizer) is (torch.optim.SGD if recipe is FinetuneUNet else torch.optim.AdamW)
+    content = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
+    assert content["trainer_name"] == stock
+    ours = set(inspect.getsource(Finetuning.save_checkpoint).split('"'))
+    stocks = ast.unparse(ast.parse(inspect.getsource(nnUNetTrainer.save_checkpoint).strip()).body[0]).split("'")
+    assert {k for k in content} <= ours and {k for k in content} <= set(stocks)
+    assert set(content) == {s for s in stocks if s in content}
+    assert not list(Path(trainer.output_folder).glob("*.partial"))
+
+
+@pytest.mark.parametrize("recipe", [FinetuneUNet, pytest.param(FinetunePrimus, marks=pytest.mark.slow)])
+def test_resuming_continues_the_schedule(labelled, recipe):
+    settings(labelled.parent, **{**FAST, "epochs": 4})
+    trainer = make_trainer(recipe)
+    trainer.num_val_iterations_per_epoch = trainer.save_every = 1
+    trainer.num_epochs = 3
+    trainer.run_training()
+    saved = Path(trainer.output_folder) / "checkpoint_final.pth"
+    saved.rename(saved.with_name("checkpoint_latest.pth"))
+    _, rates = finetune(recipe, resume=True)
+    full = recipe.config.learning_rate
+    assert rates == pytest.approx([full * 0.5**0.9])
+
+
+def test_prediction_needs_nothing_of_ours(labelled, monkeypatch):
+    """nnU-Net's own predictor finds the trainer by the name in the checkpoint, with no external trainers set."""
+    settings(labelled.parent, **{**FAST, "epochs": 1})
+    trainer, _ = finetune(FinetuneUNet)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, use_folds=("all",))
+    assert predictor.trainer_name == "nnUNetTrainer"
+    image = torch.from_numpy(blosc2.open(str(labelled / "case_00.b2nd"), mode="r")[:])
+    assert predictor.predict_logits_from_preprocessed_data(image).shape == (2, *image.shape[1:])
+
+
+def test_the_recipes_are_data_on_nnunets_trainers(monkeypatch):
+    """Every stock architecture has its recipe, with the published fine-tuning rates."""
+    found = {}
+    exec(compile((Path(recipes_folder()) / "nnUNetTrainerCVAFinetune.py").read_text(), "recipes", "exec"), found)
+    recipes = {k: v for k, v in found.items() if k.startswith("nnUNetTrainerCVAFinetune")}
+    sizes = [f"_Primus{v}{s}" for v in ("", "V2", "V3") for s in "SBML"]
+    assert set(recipes) == {f"nnUNetTrainerCVAFinetune{s}" for s in ("", *sizes)}
+    for name, recipe in recipes.items():
+        size = name.removeprefix("nnUNetTrainerCVAFinetune")
+        expected = f"nnUNet{size if 'V' in size else size.replace('Primus', 'Primus_')}_Trainer" if size else "nnUNetTrainer"
+        assert recipe.stock_trainer().__name__ == expected
+        c = resolve_finetuning(recipe.config, None, "3d_fullres", {})
+        assert (c.epochs, c.warmup_epochs) == (1000, 50)
+        if size:
+            assert (c.optimizer, c.learning_rate, c.weight_decay, c.betas) == ("adamw", 1e-4, 5e-2, (0.9, 0.98))
+        else:
+            assert (c.optimizer, c.learning_rate, c.weight_decay, c.momentum) == ("sgd", 1e-3, 3e-5, 0.99)
+        parameters = list(inspect.signature(recipe.__init__).parameters)[1:]
+        assert parameters == ["plans", "configuration", "fold", "dataset_json", "device"]
+
+
+# ---- settings
+
+
+def test_plans_and_environment_override_and_the_warm_up_follows():
+    recipe = CVAConfig(learning_rate=1e-3, epochs=1000)
+    c = resolve_finetuning(recipe, {"epochs": 150}, "3d_fullres", {})
+    assert (c.epochs, c.warmup_epochs, c.learning_rate) == (150, 15, 1e-3)
+    c = resolve_finetuning(recipe, {"epochs": 150, "warmup_epochs": 3}, "3d_fullres", {VARIABLE: '{"epochs": 20}'})
+    assert (c.epochs, c.warmup_epochs) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    ("block", "environment", "match"),
+    [
+        ({"mask_ratio": 0.5}, {}, r"\[\"cva_finetune\"\]: unknown setting 'mask_ratio'. Valid settings: epochs, warmup"),
+        ({"epochs": 0}, {}, r"\[\"cva_finetune\"\]: epochs: expected a positive integer, found 0"),
+        (None, {VARIABLE: "{epochs: 3}"}, "nnUNet_cva_finetune: expected JSON"),
+        (None, {VARIABLE: "[1]"}, "nnUNet_cva_finetune: expected an object"),
+    ],
+)
+def test_bad_settings_name_their_origin(block, environment, match):
+    with pytest.raises(ValueError, match=match):
+        resolve_finetuning(CVAConfig(), block, "3d_fullres", environment)
+
+
+def test_a_block_for_pretraining_does_not_reach_fine_tuning(labelled):
+    """Plans copied from the pretraining dataset hold its "cva" settings."""
+    trainer = make_trainer(FinetuneUNet)
+    assert trainer.configuration_manager.configuration["cva"]["epochs"] == 2
+    assert (trainer.num_epochs, trainer.initial_lr) == (1000, 1e-3)
+    assert trainer.output_folder.endswith("FinetuneUNet__nnUNetPlans__3d_fullres/fold_all") and NAME in trainer.output_folder
+    assert trainer.dataset_json["labels"] == DATASET_JSON["labels"]

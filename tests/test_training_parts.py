@@ -1,0 +1,176 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.seeding import stream, torch_seed
+from nnunetv2_cva.training import checkpoint
+from nnunetv2_cva.training.device import Share, autocast_dtype, share_of_rank
+from nnunetv2_cva.training.monitor import History, collapse_metrics, pair_metrics, standardised
+from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
+
+# ---- schedule
+
+
+def test_without_warm_up_the_rate_is_nnunets_poly_schedule():
+    from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+
+    config = CVAConfig(epochs=20)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler = PolyLRScheduler(optimizer, config.learning_rate, config.epochs)
+    for epoch in range(20):
+        scheduler.step(epoch)
+        assert learning_rate(epoch, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_warm_up_rises_linearly_and_decay_starts_at_the_full_rate():
+    config = CVAConfig(epochs=10, warmup_epochs=4, learning_rate=1.0)
+    rates = [learning_rate(e, config) for e in range(10)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.25
+
+
+def test_the_optimizer_takes_only_what_is_trained():
+    frozen, trained = torch.nn.Parameter(torch.zeros(1), requires_grad=False), torch.nn.Parameter(torch.zeros(1))
+    for name in ("sgd", "adamw"):
+        optimizer = make_optimizer([frozen, trained], CVAConfig(optimizer=name), torch.device("cpu"))
+        assert optimizer.param_groups[0]["params"] == [trained]
+        assert optimizer.param_groups[0]["weight_decay"] == 3e-5
+
+
+# ---- streams
+
+
+def test_streams_differ_by_purpose_numbers_and_count():
+    draws = [stream(*a).random() for a in (("a", 1), ("b", 1), ("a", 2), ("a", 1, 0), ("a", 1, 0, 0))]
+    assert len(set(draws)) == len(draws)
+    assert stream("a", 1).random() == draws[0] and torch_seed("a", 1) == torch_seed("a", 1)
+
+
+# ---- device
+
+
+def test_precision_is_float32_away_from_cuda():
+    assert autocast_dtype("auto", torch.device("cpu")) is None
+    assert autocast_dtype("fp32", torch.device("cuda")) is None
+    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'cpu'"):
+        autocast_dtype("bf16", torch.device("cpu"))
+
+
+def test_one_process_owns_the_whole_step():
+    assert share_of_rank(5) == Share(5, 0, 5)
+
+
+def test_ranks_share_the_cases_without_gaps(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        shares.append(share_of_rank(8))
+    assert [(s.begin, s.end, s.processes) for s in shares] == [(0, 3, 3), (3, 6, 3), (6, 8, 3)]
+    with pytest.raises(ValueError, match="batch_size 2 of the plans is smaller than the number of GPUs, 3"):
+        share_of_rank(2)
+
+
+# ---- metrics
+
+
+def test_alignment_and_retrieval_against_loops():
+    rng = torch.Generator().manual_seed(0)
+    first, second = torch.randn(3, 5, 4, generator=rng), torch.randn(3, 5, 4, generator=rng)
+    second[0] = 2 * first[0]
+    cosines, hits = [], []
+    for b in range(3):
+        table = [[float(torch.dot(f, s) / f.norm() / s.norm()) for s in second[b]] for f in first[b]]
+        cosines += [table[r][r] for r in range(5)]
+        hits += [max(range(5), key=lambda s: table[r][s]) == r for r in range(5)]
+    found = pair_metrics(first, second)
+    assert found["alignment"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found["retrieval"] == pytest.approx(np.mean(hits))
+
+
+def test_collapse_shows():
+    rng = torch.Generator().manual_seed(0)
+    wide = torch.randn(400, 6, generator=rng)
+    line = torch.outer(torch.randn(400, generator=rng), torch.randn(6, generator=rng))
+    same = torch.ones(400, 6) + 1e-6 * wide
+    assert collapse_metrics(wide)["effective_rank"] == pytest.approx(6, rel=0.02)
+    assert collapse_metrics(line)["effective_rank"] == pytest.approx(1, abs=0.01)
+    assert collapse_metrics(wide)["spread"] == pytest.approx(1, abs=0.05)
+    assert collapse_metrics(same)["spread"] < 1e-3
+
+
+def test_effective_rank_is_the_entropy_of_singular_values():
+    features = torch.randn(20, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 1, 0.2, 1])
+    s = np.linalg.svd(features.numpy() - features.numpy().mean(0), compute_uv=False)
+    p = s / s.sum()
+    assert collapse_metrics(features)["effective_rank"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_standardising_removes_what_all_features_share():
+    features = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0)) + 100
+    assert pair_metrics(features[:1], features[1:])["alignment"] > 0.99
+    compared = standardised(features)
+    assert abs(pair_metrics(compared[:1], compared[1:])["alignment"]) < 0.2
+
+
+def test_history_drops_epochs_that_were_not_saved(tmp_path):
+    history = History(tmp_path)
+    history.restore([{"epoch": 0, "total_loss": 1.0}, {"epoch": 1, "total_loss": 0.5}])
+    history.plot()
+    again = History(tmp_path)
+    again.restore(history.epochs[:1])
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"epoch": 0, "total_loss": 1.0}
+    ]
+    assert (tmp_path / "progress.png").stat().st_size > 1000
+
+
+# ---- checkpoints
+
+
+def test_shared_storage_stays_shared(tmp_path):
+    layer = torch.nn.Linear(300, 300)
+    content = {"cva": {}, "network_weights": {"a": layer.weight, "alias": layer.weight}}
+    checkpoint.save(content, tmp_path / "c.pth")
+    loaded = checkpoint.load(tmp_path / "c.pth")["network_weights"]
+    assert loaded["a"].data_ptr() == loaded["alias"].data_ptr()
+    assert (tmp_path / "c.pth").stat().st_size < 1.2 * 300 * 300 * 4
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint_latest.pth"
+    checkpoint.save({"cva": 1}, path)
+
+    def full(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left.*the previous file is unchanged.*--c"):
+        checkpoint.save({"cva": 2}, path)
+    assert checkpoint.load(path) == {"cva": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_stranger_is_not_resumed(tmp_path):
+    torch.save({"network_weights": {}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="no entry 'cva'.*-pretrained_weights"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
+def test_the_newer_of_final_and_latest_is_taken(tmp_path):
+    import os
+
+    final, latest = tmp_path / checkpoint.FINAL, tmp_path / checkpoint.LATEST
+    final.write_bytes(b"")
+    assert checkpoint.newest(final) == final
+    latest.write_bytes(b"")
+    os.utime(final, (1, 1))
+    assert checkpoint.newest(final) == latest
+    os.utime(latest, (0, 0))
+    assert checkpoint.newest(final) == final
