@@ -1,0 +1,37 @@
+"""``nnUNetv2_cva trainers``: the recipes that ``nnUNetv2_train -tr`` finds, one line each."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+from nnunetv2_cva.commands.hook import recipes_folder
+
+HELP = "List the recipes for nnUNetv2_train -tr, one line each."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``nnUNetv2_cva trainers`` has no arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print name and first line of every recipe, the default first."""
+    found = recipes(Path(recipes_folder()))
+    width = max(map(len, found))
+    for name, line in found.items():
+        print(f"{name:{width}}  {line}")
+    return 0
+
+
+def recipes(folder: Path) -> dict[str, str]:
+    """Name -> first line of the docstring of the recipes in ``folder``, the default first, then file by file.
+
+    Read without importing: nnU-Net takes seconds to import, and not at all where torchvision does not match torch.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.py"), key=lambda p: p.stem.split("_")):
+        for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
+    return found

@@ -1,0 +1,92 @@
+"""What the demo found, in words: tables in plain text, what they mean, and what to type next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_cva.demo.workspace import (
+    CONFIGURATION,
+    DATASET,
+    DATASET_ID,
+    PLANS,
+    PRETRAINED,
+    RECIPE,
+    SCRATCH,
+    Workspace,
+)  # fmt: skip
+
+MEANINGS = {
+    "alignment": "mean cosine of corresponding bins, student and teacher",
+    "retrieval": "how often the corresponding bin is the most similar one",
+    "feature_alignment": "the same cosine, of the encoder features that fine-tuning gets",
+    "feature_retrieval": "the same retrieval, by these features",
+    "effective_rank": "of these features; near 1: collapsed",
+}
+
+
+def dice_table(dice: dict[str, dict[str, list[float]]]) -> str:
+    """Mean Dice per structure from scratch and pretrained, and in how many cases the mean over structures is better."""
+    scratch, pretrained = (np.array(list(dice[run].values())) for run in (SCRATCH, PRETRAINED))  # (structures, cases)
+    lines = [f"{'Dice':<10}{'from scratch':>14}{'pretrained':>12}{'difference':>12}"]
+    for name, a, b in zip((*dice[SCRATCH], "mean"), _means(scratch), _means(pretrained), strict=True):
+        lines.append(f"{name:<10}{a:>14.3f}{b:>12.3f}{b - a:>+12.3f}")
+    gains = pretrained.mean(0) - scratch.mean(0)
+    lines.append(f"Pretrained is better in {(gains > 0).sum()} of {len(gains)} test cases (mean over structures).")
+    return "\n".join(lines)
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Mean of every structure, and of all."""
+    per_structure = values.mean(1)
+    return np.append(per_structure, per_structure.mean())
+
+
+def features_table(before: dict[str, float], after: dict[str, float]) -> str:
+    """The metrics of the probe pairs before and after the pretraining."""
+    lines = [f"{'Features':<20}{'before':>9}{'after':>9}   pretraining, on cases that it was not trained on"]
+    lines += [
+        f"{key:<20}{before[key]:>9.3f}{after[key]:>9.3f}   {text}" for key, text in MEANINGS.items() if key in after
+    ]
+    return "\n".join(lines)
+
+
+def caveats(test: int, seed: int) -> str:
+    """What such a run can and cannot say."""
+    return f"""\
+What this says: everything between images and a fine-tuned nnU-Net works on this machine.
+What it does not say: how much pretraining will gain on your data. This is one seed ({seed}), {test} test cases from the
+generator that also made the pretraining images, and training some hundred times shorter than in earnest. Part of a
+gain here is a head start that longer training from scratch would catch up with, and a few hundredths of Dice are
+noise: repeat with other seeds (--seed) before you read anything into them."""
+
+
+def predict_command() -> str:
+    """What a user types to segment the test cases."""
+    task = f"-d {DATASET_ID} -c {CONFIGURATION} -f 0 -p {PLANS}"
+    return f"nnUNetv2_predict {task} -i demo_raw/{DATASET}/imagesTs -o FOLDER --disable_tta"
+
+
+def by_hand(workspace: Workspace) -> str:
+    """What to set to repeat the commands that were shown, and what to type for other data."""
+    plans = "nnUNetResEncUNetLPlans"
+    weights = f"$nnUNet_results/DATASET/{RECIPE}__{plans}__{CONFIGURATION}/fold_all/checkpoint_final.pth"
+    return f"""\
+To repeat one of the commands above by hand:
+  cd {workspace.folder}
+  export nnUNet_raw=$PWD/{workspace.raw.name} nnUNet_preprocessed=$PWD/{workspace.preprocessed.name}
+  export nnUNet_results=$PWD/demo_results/by_hand
+
+The same on your own data (DATASET: its full name, such as Dataset004_Hippocampus, in nnU-Net's raw format):
+  nnUNetv2_cva hook install      # once: nnU-Net finds our trainers
+  nnUNetv2_plan_and_preprocess -d DATASET -c {CONFIGURATION} -pl nnUNetPlannerResEncL
+  nnUNetv2_train DATASET {CONFIGURATION} all -p {plans} -tr {RECIPE}
+  nnUNetv2_train DATASET {CONFIGURATION} 0 -p {plans} -pretrained_weights {weights}"""
+
+
+def summary(numbers: dict[str, Any], seconds: dict[str, float]) -> str:
+    """Both tables and how long everything took."""
+    times = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
+    tables = (dice_table(numbers["dice"]), features_table(numbers["untrained"], numbers["pretrained"]))
+    return "\n\n".join((*tables, f"Time: {sum(seconds.values()) / 60:.1f} minutes ({times})."))
