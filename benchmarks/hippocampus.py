@@ -1,0 +1,183 @@
+"""Does pretraining help a small U-Net on few labels? MSD Task04 (hippocampus), CPU, everything stock but the pretraining.
+
+    python benchmarks/hippocampus.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK [--repeats 3]
+
+Pretrains on the images of all cases but the test cases, then trains stock nnU-Net on 8 labelled cases from these weights and
+from scratch, with stock's learning rate and with a lower one and warm-up, and scores Dice on 40 cases seen by neither. One
+line per run goes to WORK/results.jsonl, the table to standard output; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+NAME, PLANS, CONFIGURATION = "Dataset004_Hippocampus", "nnUNetPlans", "small"
+VIEW, FEATURES, LABELLED, TEST = [24, 32, 24], [8, 16, 32, 64], 8, 40
+ARMS = {
+    "scratch, 1e-2": (False, 1e-2, False), "pretrained, 1e-2": (True, 1e-2, False),
+    "scratch, 1e-3 + warm-up": (False, 1e-3, True), "pretrained, 1e-3 + warm-up": (True, 1e-3, True),
+}  # fmt: skip
+
+
+def prepare(raw: Path, folder: Path) -> None:
+    """Plan and preprocess with nnU-Net; add a configuration that CPUs can bear."""
+    os.environ.update(nnUNet_raw=str(raw), nnUNet_preprocessed=str(folder / "pre"), nnUNet_results=str(folder / "res"))
+    (folder / "pre").mkdir(parents=True, exist_ok=True)
+    plans_file = folder / "pre" / NAME / f"{PLANS}.json"
+    if not plans_file.exists():
+        run = "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as r; r()"
+        subprocess.run([sys.executable, "-c", run, "-d", "4", "-c", "3d_fullres", "-np", "2", "-npfp", "2"], check=True)
+    plans = json.loads(plans_file.read_text())
+    architecture = json.loads(json.dumps(plans["configurations"]["3d_fullres"]["architecture"]))
+    architecture["arch_kwargs"]["features_per_stage"] = FEATURES
+    plans["configurations"][CONFIGURATION] = {
+        "inherits_from": "3d_fullres", "patch_size": VIEW, "batch_size": 2, "architecture": architecture,
+        "cva": {"head_width": 256, "predictor_width": 64},
+    }  # fmt: skip
+    plans_file.write_text(json.dumps(plans, indent=2))
+    os.environ["nnUNet_n_proc_DA"] = "0"  # one process; with NumPy's and torch's seeds a stock training is repeatable
+
+
+def split(folder: Path, repeat: int) -> list[str]:
+    """Test cases are the same in all repeats, the 8 labelled ones are not. Fold 0: labelled, test; fold 1: all but test, test."""
+    import numpy as np
+
+    data = folder / "pre" / NAME / "nnUNetPlans_3d_fullres"
+    keys = sorted(p.name[:-5] for p in data.glob("*.b2nd") if not p.name.endswith("_seg.b2nd"))
+    order = np.random.default_rng(0).permutation(keys).tolist()
+    test, rest = order[:TEST], order[TEST:]
+    labelled = np.random.default_rng(1 + repeat).choice(rest, LABELLED, replace=False).tolist()
+    splits = [{"train": labelled, "val": test}, {"train": rest, "val": test}]
+    (folder / "pre" / NAME / "splits_final.json").write_text(json.dumps(splits))
+    return test
+
+
+def make(trainer_class: type, fold: int):
+    import torch
+
+    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
+    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
+    return trainer_class(
+        plans, CONFIGURATION, fold, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu")
+    )
+
+
+def pretrain(repeat: int, epochs: int, iterations: int) -> Path:
+    from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
+
+    os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations, "seed": repeat})
+    trainer = make(nnUNetTrainerCVA, 1)
+    kept = Path(trainer.output_folder).with_name(f"repeat_{repeat}")
+    if not kept.exists():
+        trainer.run_training()
+        Path(trainer.output_folder).rename(kept)
+    return kept / "checkpoint_final.pth"
+
+
+def finetune(arm: str, weights: Path | None, repeat: int, epochs: int, iterations: int, test: list[str]) -> list[float]:
+    """Stock training of one arm; mean Dice of both structures per test case."""
+    import numpy as np
+    import torch
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
+
+    _, rate, warm_up = ARMS[arm]
+    np.random.seed(repeat)
+    torch.manual_seed(repeat)
+    trainer = make(nnUNetTrainer_warmup if warm_up else nnUNetTrainer, 0)
+    trainer.initial_lr, trainer.num_epochs, trainer.num_iterations_per_epoch = rate, epochs, iterations
+    trainer.num_val_iterations_per_epoch, trainer.disable_checkpointing = 1, True
+    if warm_up:
+        trainer.warmup_duration_whole_net = max(1, epochs // 5)
+    trainer.initialize()
+    if weights is not None:
+        load_pretrained_weights(trainer.network, str(weights))
+    trainer.run_training()
+    return evaluate(trainer, test)
+
+
+def evaluate(trainer, test: list[str]) -> list[float]:
+    import numpy as np
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    predictor = nnUNetPredictor(
+        use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False
+    )
+    predictor.manual_initialization(
+        trainer.network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        "nnUNetTrainer",
+        None,
+    )
+    cases = trainer.dataset_class(trainer.preprocessed_dataset_folder, test)
+    dice = []
+    for key in test:
+        data, truth, _, _ = cases.load_case(key)
+        found = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).argmax(0).numpy()
+        truth = truth[0]
+        dice.append(
+            float(
+                np.mean(
+                    [
+                        2 * ((found == c) & (truth == c)).sum() / ((found == c).sum() + (truth == c).sum())
+                        for c in (1, 2)
+                    ]
+                )
+            )
+        )
+    return dice
+
+
+def table(rows: list[dict]) -> str:
+    import numpy as np
+
+    lines = ["| arm | Dice, mean over test cases, per repeat | mean | sd over repeats |", "|---|---|---|---|"]
+    for arm in ARMS:
+        means = [np.mean(r["dice"]) for r in rows if r["arm"] == arm]
+        if means:
+            per = " ".join(f"{m:.3f}" for m in means)
+            lines.append(f"| {arm} | {per} | {np.mean(means):.3f} | {np.std(means, ddof=min(1, len(means) - 1)):.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pretrain", type=int, nargs=2, default=[8, 50], metavar=("EPOCHS", "ITERATIONS"))
+    parser.add_argument("--finetune", type=int, nargs=2, default=[10, 75], metavar=("EPOCHS", "ITERATIONS"))
+    args = parser.parse_args()
+    prepare(args.raw.resolve(), args.folder.resolve())
+    results = args.folder / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for repeat in range(args.repeats):
+        test = split(args.folder, repeat)
+        began = perf_counter()
+        weights = pretrain(repeat, *args.pretrain)
+        print(f"repeat {repeat}: pretraining took {perf_counter() - began:.0f} s", flush=True)
+        for arm, (pretrained, _, _) in ARMS.items():
+            if any(r["arm"] == arm and r["repeat"] == repeat for r in rows):
+                continue
+            dice = finetune(arm, weights if pretrained else None, repeat, *args.finetune, test)
+            rows.append({"arm": arm, "repeat": repeat, "dice": dice})
+            with open(results, "a") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+            print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
