@@ -4,10 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
+from projects import VIEW, make_project, make_trainer
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
-from nnunetv2_cva.training import checkpoint
+from nnunetv2_cva.training import checkpoint, report
 from nnunetv2_cva.training.device import Share, autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History, collapse_metrics, pair_metrics, standardised
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
@@ -174,3 +176,21 @@ def test_the_newer_of_final_and_latest_is_taken(tmp_path):
     assert checkpoint.newest(final) == latest
     os.utime(latest, (0, 0))
     assert checkpoint.newest(final) == final
+
+
+@pytest.mark.parametrize(
+    ("any_view", "patch", "note"), [(True, (32, 32, 40), ""), (False, VIEW, ""), (False, (32, 32, 40), "patch_size 32x32x40")]
+)
+def test_the_configuration_to_fine_tune_is_the_one_inherited_from(tmp_path, monkeypatch, any_view, patch, note):
+    """Targets have the parent's name; a network with a position for every token fits its patch or needs export."""
+    path = make_project(tmp_path, monkeypatch).parent / "nnUNetPlans.json"
+    content = json.loads(path.read_text())
+    content["configurations"]["3d_fullres"]["patch_size"] = list(patch)
+    content["configurations"]["3d_fullres_cva"] = {"inherits_from": "3d_fullres", "patch_size": list(VIEW)}
+    path.write_text(json.dumps(content))
+    trainer = make_trainer(nnUNetTrainerCVA, configuration="3d_fullres_cva")
+    trainer.initialize()
+    trainer.student.backbone.fits_any_view = any_view
+    said = "\n".join(report.closing(trainer))
+    assert "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights" in said
+    assert ("patch_size" in said) == bool(note) and note in said

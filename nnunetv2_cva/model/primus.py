@@ -39,6 +39,8 @@ class PrimusBackbone(nn.Module):
         ValueError: no place known for the tokenizer's cells, or another rotary embedding than nnU-Net's.
     """
 
+    fits_any_view = False  # a position for every token
+
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
         self.network = network

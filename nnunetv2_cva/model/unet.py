@@ -18,6 +18,8 @@ class UNetBackbone(nn.Module):
     ``network`` stays nnU-Net's own module, so its state dict is what fine-tuning loads. Parameters that no loss reads are frozen.
     """
 
+    fits_any_view = True  # no parameter's shape depends on the view
+
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
         self.network = network

@@ -5,11 +5,57 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnunetv2_cva import __version__
+
+if TYPE_CHECKING:
+    from nnunetv2_cva.training.trainer import CVATrainer
+
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+
+
+def collect(trainer: CVATrainer, epochs_done: int, whole: bool) -> dict[str, Any]:
+    """What a checkpoint holds: nnU-Net's own entries, ours under ``cva``. Not ``whole``: weights only."""
+    content: dict[str, Any] = {
+        "network_weights": trainer.network.state_dict(),
+        "init_args": {
+            "plans": trainer.plans_manager.plans,
+            "configuration": trainer.configuration_name,
+            "fold": trainer.fold,
+            "dataset_json": trainer.dataset_json,
+        },
+        "trainer_name": type(trainer).__name__,
+        "inference_allowed_mirroring_axes": None,
+        "current_epoch": epochs_done,
+        "cva": {
+            "version": __version__,
+            "config": trainer.config.as_dict(),
+            "history": trainer.history.epochs,
+            "backbone_trainer": trainer.backbone_trainer.__name__,
+        },
+    }
+    if whole:
+        scaler, teacher = trainer.grad_scaler, trainer.teacher
+        content["optimizer_state"] = trainer.optimizer.state_dict()
+        content["grad_scaler_state"] = scaler.state_dict() if scaler else None
+        content["cva"]["heads"] = {name: module.state_dict() for name, module in trainer.student.heads().items()}
+        content["cva"]["teacher"] = teacher.state_dict() if teacher is not None else None
+    return content
+
+
+def restore(trainer: CVATrainer, content: dict[str, Any]) -> None:
+    """Put a whole checkpoint into an initialised trainer. The teacher, which is made later, is not among it."""
+    trainer.network.load_state_dict(content["network_weights"])
+    for name, module in trainer.student.heads().items():
+        module.load_state_dict(content["cva"]["heads"][name])
+    trainer.optimizer.load_state_dict(content["optimizer_state"])
+    if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
+        trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
+    trainer.current_epoch = content["current_epoch"]
+    trainer.history.epochs = list(content["cva"]["history"])
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -48,6 +94,20 @@ def load(path: str | Path) -> dict[str, Any]:
             "something to resume: pass the file with -pretrained_weights."
         )
     return checkpoint
+
+
+def load_whole(path: str | Path) -> dict[str, Any]:
+    """The same, of a checkpoint that a run can be continued from.
+
+    Raises:
+        ValueError: it holds weights only.
+    """
+    content = load(path)
+    if "heads" not in content["cva"]:
+        raise ValueError(
+            f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."
+        )
+    return content
 
 
 def newest(path: str | Path) -> Path:

@@ -17,12 +17,12 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
-from nnunetv2_cva import __version__
 from nnunetv2_cva.config import CVAConfig, check_resumable, resolve
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
+from nnunetv2_cva.training import report
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History
@@ -127,7 +127,8 @@ class CVATrainer(nnUNetTrainer):
         self._start_from_file()
         self._make_teacher()
         self._open_data()
-        self._describe_run()
+        for line in report.opening(self):
+            self.print_to_log_file(line)
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
@@ -184,19 +185,6 @@ class CVATrainer(nnUNetTrainer):
         count = min(self.config.probe_cases, len(ordered) // 10)
         probes = [ordered[i] for i in np.linspace(0, len(ordered) - 1, count).astype(int)]
         return [k for k in ordered if k not in set(probes)], probes
-
-    def _describe_run(self) -> None:
-        cases = self.configuration_manager.batch_size
-        views = 2 * cases if self.config.needs_second_view else cases
-        teacher = " and as many through the teacher's encoder" if self.teacher is not None else ""
-        trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
-        self.print_to_log_file(
-            f"Each step: {cases} cases, {views} views of {'x'.join(map(str, self.view_size))} voxels through the student"
-            f"{teacher} (patch_size and batch_size of the plans). {trained / 1e6:.1f} M parameters are trained, precision "
-            f"{str(self.autocast_dtype or torch.float32).removeprefix('torch.')}."
-        )
-        self.print_to_log_file(f"The best checkpoint is the one with the {criterion(self.config)[2]}.")
-        self.print_to_log_file(f"Settings of the method: {self.config.as_dict()}")
 
     def _write_folder(self) -> None:
         """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
@@ -336,16 +324,12 @@ class CVATrainer(nnUNetTrainer):
         self.current_epoch += 1
 
     def _report(self, note: str) -> None:
-        """One line per group of metrics, and the same to W&B where nnU-Net's switch for it is on."""
-        record = self.record
-        losses = [k for k in record if k.endswith("_loss")]
-        rest = [k for k in record if k not in losses and k not in ("epoch", "seconds")]
-        self.print_to_log_file("  " + ", ".join(f"{k} {record[k]:.4f}" for k in losses))
-        self.print_to_log_file("  " + ", ".join(f"{k} {record[k]:.4g}" for k in rest))
-        self.print_to_log_file(f"  {record['seconds']:.1f} s" + (f", {note}" if note else ""))
+        """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
+        for line in report.epoch(self.record, note):
+            self.print_to_log_file(line)
         for logger in self.logger.loggers:
-            for name in losses + rest:
-                logger.log(name, record[name], self.current_epoch)
+            for name in report.metrics(self.record):
+                logger.log(name, self.record[name], self.current_epoch)
 
     # ---- end
 
@@ -360,69 +344,25 @@ class CVATrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Nothing is labelled: the last metrics, and what to do with the weights."""
-        if self.local_rank != 0:
-            return
-        weights = join(self.output_folder, checkpoints.FINAL)
-        if self.history.epochs:
-            last = {k: round(v, 4) for k, v in self.history.epochs[-1].items()}
-            self.print_to_log_file(f"Metrics of the last epoch: {last}")
-        trainer = "" if self.backbone_trainer is nnUNetTrainer else f" -tr {self.backbone_trainer.__name__}"
-        self.print_to_log_file(
-            "Fine-tune with nnU-Net itself, on a dataset that has these plans:\n"
-            f"nnUNetv2_train DATASET {self.configuration_name} FOLD -p {self.plans_manager.plans_name}{trainer} "
-            f"-pretrained_weights {weights}\n"
-            "For a dataset with other plans, make a file that fits with nnUNetv2_cva export."
-        )
+        if self.local_rank == 0:
+            for line in report.closing(self):
+                self.print_to_log_file(line)
 
     def save_checkpoint(self, filename: str) -> None:
         """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return
-        ended = os.path.basename(filename) == checkpoints.FINAL
-        content = {
-            "network_weights": self.network.state_dict(),
-            "init_args": {
-                "plans": self.plans_manager.plans,
-                "configuration": self.configuration_name,
-                "fold": self.fold,
-                "dataset_json": self.dataset_json,
-            },
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": None,
-            "current_epoch": self.current_epoch if ended else self.current_epoch + 1,
-            "cva": {
-                "version": __version__,
-                "config": self.config.as_dict(),
-                "history": self.history.epochs,
-                "backbone_trainer": self.backbone_trainer.__name__,
-            },
-        }
-        if os.path.basename(filename) != checkpoints.BEST:
-            content["optimizer_state"] = self.optimizer.state_dict()
-            content["grad_scaler_state"] = self.grad_scaler.state_dict() if self.grad_scaler else None
-            content["cva"]["heads"] = {name: module.state_dict() for name, module in self.student.heads().items()}
-            content["cva"]["teacher"] = self.teacher.state_dict() if self.teacher is not None else None
-        checkpoints.save(content, filename)
+        name = os.path.basename(filename)
+        epochs_done = self.current_epoch + (name != checkpoints.FINAL)  # final is written after the last epoch was counted
+        checkpoints.save(checkpoints.collect(self, epochs_done, whole=name != checkpoints.BEST), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for."""
-        path = checkpoints.newest(filename_or_checkpoint)
-        content = checkpoints.load(path)
-        if "heads" not in content["cva"]:
-            raise ValueError(
-                f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."
-            )
+        content = checkpoints.load_whole(checkpoints.newest(filename_or_checkpoint))
         self.config = check_resumable(content["cva"]["config"], self.config)
         if not self.was_initialized:
             self.initialize()
-        self.network.load_state_dict(content["network_weights"])
-        for name, module in self.student.heads().items():
-            module.load_state_dict(content["cva"]["heads"][name])
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
-        self.current_epoch = content["current_epoch"]
-        self.history.epochs = list(content["cva"]["history"])
+        checkpoints.restore(self, content)
         self._resumed = content["cva"]
 
 
