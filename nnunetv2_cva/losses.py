@@ -1,5 +1,8 @@
 """The three losses: reconstruction, consistency of the bins, contrast of the images. Float32, whatever autocast says.
 
+With several ranks each returns its share, scaled so that the mean over ranks (what DDP makes of the gradients) is the loss of
+one process that has all cases; ranks may hold different numbers of them.
+
 Embeddings come view-major, ``(2, B, D)`` for image vectors and ``(2, B, R, D)`` for bins: student's from the predictor,
 teacher's from the projector. No gradient ever reaches the teacher's. Every loss compares a view of the student with the
 teacher's *other* view.
@@ -39,7 +42,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, voxel_mask: Tensor |
         # The target in place of the prediction has loss and gradient 0: one temporary, no indexing, hence no wait
         # for the device.
         total = F.huber_loss(torch.where(chosen, prediction, target), target, reduction="sum", delta=1.0)
-        return total / (chosen.sum() * target.shape[1]).clamp(min=1)
+        return _mean(total, chosen.sum() * target.shape[1])
 
 
 def consistency_loss(
@@ -59,7 +62,7 @@ def consistency_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     _check_pair("consistency_cosine", student, teacher, 4)
     with torch.autocast(student.device.type, enabled=False):
         ours, theirs = _directions(student), _directions(teacher.detach()).flip(0)
-        return 2 - 2 * (ours * theirs).sum(dim=-1).mean()
+        return _mean((2 - 2 * (ours * theirs).sum(dim=-1)).sum(), ours.shape[:3].numel())
 
 
 def consistency_gram(student: Tensor, teacher: Tensor) -> Tensor:
@@ -77,12 +80,13 @@ def consistency_gram(student: Tensor, teacher: Tensor) -> Tensor:
         bins, width = student.shape[2:]
         if width <= bins:
             product = p.mT @ q
-            return ((product + product.mT) / 2).square().mean()
+            squares = ((product + product.mT) / 2).square().sum()
+            return _mean(squares / width**2, ours.shape[:2].numel())
         # The squared norm of that sum from R x R products: |P^T Q|^2 = <P P^T, Q Q^T> and
         # <P^T Q, Q^T P> = <P Q^T, Q P^T>.
         across = p @ q.mT
         squares = (p @ p.mT) * (q @ q.mT) + across * across.mT
-        return squares.sum(dim=(-2, -1)).mean() / (2 * width**2)
+        return _mean(squares.sum() / (2 * width**2), ours.shape[:2].numel())
 
 
 def nt_xent(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -91,9 +95,6 @@ def nt_xent(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     All 4B L2-normalised vectors are anchors. Positive: the other branch's vector of the other view of the case. The
     case's two remaining vectors are left out; negatives are the vectors of all other cases. Cross-entropy over
     temperature, mean over anchors.
-
-    With several ranks each returns its anchors' share, scaled so that the mean over ranks (what DDP makes of the
-    gradients) is the loss of one process that has all cases. Ranks may hold different numbers of cases.
 
     Raises:
         ValueError: fewer than 2 cases over all ranks.
@@ -155,9 +156,23 @@ def _log_sum_piece(anchors: Tensor, candidates: Tensor, start: int, temperature:
     return similarity.masked_fill(own == item, -torch.inf).flatten(1).logsumexp(dim=1)
 
 
+def _mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """This rank's share of the mean: ``total`` and ``count`` of its own items; 0 where no rank has any."""
+    counts = total.detach().new_zeros(()) + count
+    ranks = 1
+    if _several_ranks():
+        ranks = dist.get_world_size()
+        dist.all_reduce(counts)
+    return total * (ranks / counts.clamp(min=1))
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _items_per_rank(vectors: Tensor) -> tuple[list[int], int]:
     """How many items (axis 1) every rank holds, and which rank this is."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several_ranks():
         return [vectors.shape[1]], 0
     mine = torch.tensor([vectors.shape[1]], device=vectors.device)
     counts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

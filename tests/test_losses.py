@@ -295,9 +295,19 @@ CASES = (1, 3)  # of rank 0 and 1
 
 
 def _distributed_cases():
+    """(block of similarities, loss of student and teacher, both of all cases along axis 1)."""
     for block in (2**23, 5):
         for loss, shape in ((nt_xent, (2, sum(CASES), 6)), (nt_xent_bins, (2, sum(CASES), 3, 5))):
-            yield block, loss, pair(*shape)
+            yield block, lambda s, t, loss=loss: loss(s, t, 0.5), pair(*shape)
+    for loss, bins in ((consistency_cosine, 3), (consistency_gram, 3), (consistency_gram, 9)):
+        yield 2**23, loss, pair(2, sum(CASES), bins, 5)
+    yield 2**23, _reconstruction, pair(2, sum(CASES), 1, 4, 3, 5)
+
+
+def _reconstruction(prediction, target):
+    """Of views; what is hidden follows from the target, so that ranks hide different numbers of voxels."""
+    prediction, target = prediction.flatten(0, 1), target.flatten(0, 1)
+    return reconstruction_loss(prediction, target, target > 0.3, target < 2)
 
 
 def _rank(rank, folder):
@@ -309,7 +319,7 @@ def _rank(rank, folder):
         losses._BLOCK = block
         student, teacher = (v[:, mine].clone() for v in vectors)
         student.requires_grad_()
-        value = loss(student, teacher, 0.5)
+        value = loss(student, teacher)
         value.backward()
         found.append((value.detach(), student.grad))
     message = ""
@@ -327,8 +337,8 @@ def test_two_processes_equal_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for n, (_, loss, (student, teacher)) in enumerate(_distributed_cases()):
         values, gradients = zip(*(r["found"][n] for r in ranks), strict=True)
-        torch.testing.assert_close(torch.stack(values).mean(), loss(student, teacher, 0.5))
-        expected = gradient(loss, student, teacher, 0.5)
+        torch.testing.assert_close(torch.stack(values).mean(), loss(student, teacher))
+        expected = gradient(loss, student, teacher)
         torch.testing.assert_close(torch.cat(gradients, dim=1) / 2, expected)
     for r in ranks:
         assert "nt_xent: expected at least 2 cases over all ranks, found 1" in r["message"]
