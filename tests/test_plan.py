@@ -220,6 +220,15 @@ def test_a_preset_is_fitted_to_the_images(folders, capsys):
     assert "-tr nnUNetTrainerCVA -p nnUNetMine" in capsys.readouterr().out
 
 
+def test_a_view_of_primus_is_whole_tokens_and_one_of_a_unet_whole_cells(folders, capsys):
+    assert call("-d", 500, "--preset", "primusm_96", "--view", 24, 32, 40) == 0
+    assert planned(folders[1])["configurations"]["3d_fullres_cva"]["patch_size"] == [24, 32, 40]
+    assert call("-d", 500, "--preset", "primusm_96", "--view", 24, 32, 36) == 2
+    assert "--view 24x32x36: expected multiples of 8x8x8" in capsys.readouterr().err
+    assert call("-d", 500, "--preset", "resencl_96", "--view", 24, 32, 40) == 2
+    assert "expected multiples of 32x32x32" in capsys.readouterr().err
+
+
 def test_a_plans_file_of_ones_own_is_a_preset(folders, tmp_path):
     _, preprocessed = folders
     mine = plan.from_preset("tiny")
@@ -336,6 +345,11 @@ def test_validation_images_of_a_target_are_found_by_their_voxels_and_can_be_left
     assert "pile__trained_on" in cases and "pile__renamed" not in cases
     rejected = (preprocessed / "Dataset504_Pile" / "rejected.csv").read_text()
     assert "pile__renamed,held out: a target validates on it" in rejected
+    assert call("-d", 504, "--preset", "tiny") == 0  # stays out until images are given anew
+    assert "1 cases stay left out, by an earlier --hold-out" in capsys.readouterr().out
+    assert "pile__renamed" not in (preprocessed / "Dataset504_Pile" / "cases.csv").read_text()
+    assert call("-d", 504, "--images", tmp_path / "pile", "--preset", "tiny") == 0
+    assert "pile__renamed" in (preprocessed / "Dataset504_Pile" / "cases.csv").read_text()
 
 
 def test_without_a_split_of_its_own_the_targets_default_split_counts(targets, capsys):

@@ -98,9 +98,12 @@ def look_at_images(args: argparse.Namespace, folder: Path, targets: list[FineTun
     sources = _sources(args, folder)
     with Bar("Looking at images") as bar:
         inventory = take_inventory(folder, sources, folder.name, args.processes, bar.start, bar.tick)
-    left_out = _held_out(args, folder, targets, inventory.accepted)
+    earlier = {f.key for f in inventory.accepted if f.content in sources.held_out}
+    if earlier:
+        print(f"{len(earlier)} cases stay left out, by an earlier --hold-out. Give --images again to start over.")
+    left_out = earlier | _held_out(args, folder, targets, tuple(f for f in inventory.accepted if f.key not in earlier))
     if left_out:
-        inventory = hold_out(folder, inventory, left_out)
+        inventory = hold_out(folder, sources, inventory, left_out)
     found = inventory.accepted
     reasons = f" ({folder / REJECTED} has the reasons)" if inventory.rejected else ""
     print(f"{folder.name}: {len(found)} cases to pretrain on, {len(inventory.rejected)} rejected{reasons}.")

@@ -156,7 +156,9 @@ def _add_configuration(args: argparse.Namespace, plans: dict[str, Any], images: 
     shapes = [e.shape[1:] for e in images.entries] or [shape_after(f, plans, base["spacing"]) for f in images.found]
     given = preset["configurations"].get(args.configuration + plan.SUFFIX, {}) if preset else {}
     config = CVAConfig().updated(given.get("cva", {}), "preset")
-    view, found = _view(args.view or given.get("patch_size"), shapes, base, config)
+    tokens = preset is not None and "Primus" in preset["preset"]["recipe"]
+    step = proposal.TOKEN if tokens else proposal.strides(base["architecture"])
+    view, found = _view(args.view, given.get("patch_size"), shapes, base["patch_size"], step, config)
     block = {**proposal.method_block(view), **given.get("cva", {})}
     trained_on = len(shapes) - min(config.probe_cases, len(shapes) // 10)
     batch = args.batch_size or min(given.get("batch_size", PAPERS_BATCH), trained_on)
@@ -167,24 +169,25 @@ def _add_configuration(args: argparse.Namespace, plans: dict[str, Any], images: 
         f"{f', {block}' if block else ''}. {found}"
     )
     if found.fits < proposal.ENOUGH * found.cases:
-        other, better = proposal.propose_view(shapes, view, proposal.strides(base["architecture"]), config)
+        other, better = proposal.propose_view(shapes, view, step, config)
         remedy = f"--view {_by(other).replace('x', ' ')} fits into {better.fits}." if other != tuple(view) else ""
         few = f"{found.cases - found.fits} of {found.cases} cases"
         print(f"WARNING: in {few} two views of this size overlap more than configured. {remedy}")
-    known = preset is None or "Primus" not in preset["preset"]["recipe"]
-    memory = proposal.estimate_memory(base["architecture"], view, batch, len(images.channels), config) if known else None
+    memory = None if tokens else proposal.estimate_memory(base["architecture"], view, batch, len(images.channels), config)
     print(memory or "GPU memory: no estimate for this network.")
 
 
-def _view(given: Any, shapes: list[tuple[int, ...]], base: dict[str, Any], config: CVAConfig) -> tuple[tuple[int, ...], Any]:
-    """The view that was asked for or is proposed, and how much room the cases leave for two of them."""
+def _view(
+    asked: Any, preset: Any, shapes: list[tuple[int, ...]], largest: Any, step: tuple[int, ...], config: CVAConfig
+) -> tuple[tuple[int, ...], Any]:
+    """The view that was asked for, is the preset's or is proposed, and how much room the cases leave for two of them."""
     from nnunetv2_cva.datasets import proposal
 
-    step = proposal.strides(base["architecture"])
+    if asked and any(n % s for n, s in zip(asked, step)):
+        raise ValueError(f"--view {_by(asked)}: expected multiples of {_by(step)}, the network's strides.")
+    given = asked or preset
     if not given:
-        return proposal.propose_view(shapes, base["patch_size"], step, config)
-    if any(n % s for n, s in zip(given, step)):
-        raise ValueError(f"--view {_by(given)}: expected multiples of the network's strides {_by(step)}.")
+        return proposal.propose_view(shapes, largest, step, config)
     return tuple(given), proposal.room(shapes, given, config)
 
 

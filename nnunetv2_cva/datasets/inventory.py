@@ -57,8 +57,8 @@ def take_inventory(
     return inventory
 
 
-def hold_out(folder: Path, inventory: Inventory, keys: set[str]) -> Inventory:
-    """The inventory without these cases, which are noted as rejected."""
+def hold_out(folder: Path, sources: Sources, inventory: Inventory, keys: set[str]) -> Inventory:
+    """The inventory without these cases, which are noted as rejected, and in the sources: they stay out."""
     out = tuple(replace(f, reason="held out: a target validates on it") for f in inventory.accepted if f.key in keys)
     kept = Inventory(
         tuple(f for f in inventory.accepted if f.key not in keys),
@@ -67,6 +67,8 @@ def hold_out(folder: Path, inventory: Inventory, keys: set[str]) -> Inventory:
     if not kept.accepted:
         raise ValueError("--hold-out leaves no image to pretrain on.")
     _write_lists(folder, kept)
+    contents = tuple(sorted({f.content for f in out}))
+    write_json(folder / SOURCES, replace(sources, held_out=contents).as_dict())
     return kept
 
 

@@ -16,6 +16,7 @@ from nnunetv2_cva.views.geometry import Feasibility, feasibility
 ENOUGH = 0.75  # of the cases shall have room for the drawn overlap
 LOOKED_AT = 256  # cases whose shapes decide about the view
 CELLS = 2  # a view keeps at least so many cells of the deepest feature map along every axis
+TOKEN = (8, 8, 8)  # voxels of a Primus token
 SMALL_VIEW = 48  # below, blocks of 16 voxels are too few to hide 75 % of them
 GB_PER_FEATURES = {"PlainConvUNet": 8 / 560e6, "ResidualEncoderUNet": 8 / 680e6}  # nnU-Net's rule, at 2 patches
 

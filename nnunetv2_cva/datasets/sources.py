@@ -25,20 +25,24 @@ LONGEST_KEY = 180
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute."""
+    """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute.
+
+    ``held_out``: content of the images that ``--hold-out`` left out, which stay out until images are given anew.
+    """
 
     images: tuple[str, ...] = ()
     table: str | None = None
     exclude: tuple[str, ...] = ()
     channels: Literal["split", "stack"] = "split"
     modality: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Sources:
-        tuples = {k: tuple(values[k]) for k in ("images", "exclude", "modality")}
+        tuples = {k: tuple(values.get(k, ())) for k in ("images", "exclude", "modality", "held_out")}
         return Sources(table=values["table"], channels=values["channels"], **tuples)
 
 
