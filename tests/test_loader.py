@@ -24,7 +24,7 @@ from nnunetv2_cva.model.roi_align import roi_align_3d
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.views import cases as cases_module
 from nnunetv2_cva.views import loader as loader_module
-from nnunetv2_cva.views import resources
+from nnunetv2_cva.views import resample, resources
 from nnunetv2_cva.views.cases import Cases, check_cases
 from nnunetv2_cva.views.geometry import Pair, draw_pair
 from nnunetv2_cva.views.loader import Batches, PairDataset, make_loader
@@ -119,6 +119,16 @@ def test_resampling_matches_scipy(setting: str, shape: tuple[int, int, int], tmp
             for c in range(2):
                 expected = map_coordinates(image[c], points, order=1, mode="nearest")
                 assert np.abs(batch["views"][v, c].numpy() - expected)[between].max(initial=0) < 1e-3
+
+
+@pytest.mark.parametrize("mirrored", list(np.ndindex(2, 2, 2)))
+def test_mirroring_is_numpys(mirrored: tuple[bool, bool, bool]) -> None:
+    """Against plain indexing, from a part of a larger array, with more planes than a slab and a last slab that is not full."""
+    voxels = texture((40, 12, 14), channels=2)[:, 2:37, 1:9, 3:13]
+    out = torch.empty(2, 35, 8, 10)
+    resample._mirror(voxels, mirrored, out)
+    i, j, k = (slice(None, None, -1 if m else 1) for m in mirrored)
+    np.testing.assert_array_equal(out.numpy(), voxels[:, i, j, k])
 
 
 def test_a_case_one_voxel_thick_is_shown(tmp_path: Path) -> None:

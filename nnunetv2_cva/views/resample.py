@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnunetv2_cva.views.geometry import Pair
 
-SLAB = 16  # planes of a rotated view at a time: bounds the memory for coordinates
+SLAB = 16  # planes of a view at a time: bounds the memory for what lies between
 AIR_POINTS = 16  # per axis
 AIR_TOLERANCE = 0.2  # standard deviations of the case
 
@@ -44,17 +44,21 @@ def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor
 
     ``voxels`` (C, ...): those of ``box``, which is the view's ``window``.
     """
-    inside.copy_(torch.from_numpy(pair.inside(view)))
+    whole = _within_case(pair, view)
+    if whole:
+        inside.fill_(True)
+    else:
+        inside.copy_(torch.from_numpy(pair.inside(view)))
     if _is_crop(pair, view):
-        flips = tuple(slice(None, None, -1 if m else 1) for m in pair.views[view].mirrored)
-        np.copyto(out.numpy(), voxels[(slice(None), *flips)])
+        _mirror(voxels, pair.views[view].mirrored, out)
         return
     x = torch.from_numpy(np.ascontiguousarray(voxels))
     if pair.rotation is None:
         _rescale(x, box, pair, view, out)
     else:
         _rotate(x, box, pair, view, out)
-    out.mul_(inside)
+    if not whole:
+        out.mul_(inside)
 
 
 def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
@@ -85,6 +89,27 @@ def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
 
 def _is_crop(pair: Pair, view: int) -> bool:
     return pair.rotation is None and pair.views[view].extent == pair.size
+
+
+def _within_case(pair: Pair, view: int) -> bool:
+    """Whether an unrotated view lies in the case, all of it."""
+    v = pair.views[view]
+    return pair.rotation is None and min(v.begin) >= 0 and all(b + e <= n for b, e, n in zip(v.begin, v.extent, pair.shape))
+
+
+def _mirror(voxels: np.ndarray, mirrored: tuple[bool, bool, bool], out: Tensor) -> None:
+    """Copy (C, I, J, K), backwards along mirrored axes. NumPy goes backwards along the last one voxel by voxel: torch's flip,
+    a slab of planes at a time so that its copy stays in the cache, takes a third of the time."""
+    if not mirrored[2]:
+        flips = tuple(slice(None, None, -1 if m else 1) for m in mirrored)
+        np.copyto(out.numpy(), voxels[(slice(None), *flips)])
+        return
+    x, axes = torch.from_numpy(voxels), [axis for axis, m in enumerate(mirrored, start=1) if m]
+    planes = x.shape[1]
+    for begin in range(0, planes, SLAB):
+        end = min(begin + SLAB, planes)
+        slab = x[:, planes - end : planes - begin] if mirrored[0] else x[:, begin:end]
+        out[:, begin:end] = slab.flip(axes)
 
 
 def _neighbours(pair: Pair, view: int) -> list[tuple[np.ndarray, np.ndarray]]:
