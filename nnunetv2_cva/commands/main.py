@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
 
-COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "doctor")
+COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "doctor", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,307 @@
+"""How fast a training would be on this machine: the loader alone, the device alone, both together.
+
+The trainer is the one that training uses and so is its step; only its results folder is a temporary one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from nnunetv2_cva.training.trainer import CVATrainer
+
+# Of the seconds that a measurement may take. Starting is not counted.
+LOADER, DEVICE, BOTH = 0.25, 0.35, 0.4
+AHEAD = 2  # steps that wait for the device at most
+ENDLESS = 10**7  # epochs
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Steps per second of the loader alone (``workers`` processes), the device alone, and both; ``waiting``: share of the time in
+    which the device had nothing to do but wait for data. Memory in bytes; ``available`` is the device's (None: not known).
+    ``first_step``: seconds, with whatever is compiled or tuned in it."""
+
+    loader: float
+    device: float
+    both: float
+    waiting: float
+    workers: int
+    first_step: float
+    memory: int
+    available: int | None
+
+    @property
+    def bottleneck(self) -> str:
+        """ "loader" when it makes batches slower than the device uses them up."""
+        return "loader" if self.loader < self.device else "device"
+
+
+@contextlib.contextmanager
+def bench_trainer(
+    trainer: type, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], device: torch.device
+) -> Iterator[tuple[CVATrainer, list[str]]]:
+    """A trainer that is ready for its first step and writes nothing that stays, and the list of what it says. Its loader has
+    started.
+
+    Raises:
+        ValueError: no trainer of this package, no such device, or what training would refuse.
+    """
+    if not (isinstance(trainer, type) and issubclass(trainer, CVATrainer)):
+        raise ValueError(f"{trainer.__name__} is no pretraining trainer of this package. nnUNetv2_cva trainers lists them.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device that this torch can use (nnUNetv2_cva doctor says why). Try -device cpu.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("There is no MPS device that this torch can use. Try -device cpu.")
+    kept = {name: os.environ.get(name) for name in ("nnUNet_results", "nnUNet_wandb_enabled")}
+    tuned, made = torch.backends.cudnn.benchmark, None
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(nnUNet_results=folder, nnUNet_wandb_enabled="0")
+        try:
+            torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train sets it
+            with contextlib.redirect_stdout(io.StringIO()):
+                made = trainer({**plans, "continue_training": False}, configuration, "all", dataset_json, device)
+                made.print_to_log_file = lambda *words, **_: said.append(" ".join(map(str, words)))
+                _start(made)
+            yield made, said
+        finally:
+            torch.backends.cudnn.benchmark = tuned
+            for name, value in kept.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            if made is not None and made.dataloader_train is not None:
+                made.dataloader_train.close()
+
+
+def _start(trainer: CVATrainer) -> None:
+    """Everything that nnU-Net calls before the first step, without checking voxels or looking for weights to start from."""
+    trainer.config = trainer.config.updated({"check_seconds": 0.0, "init_from": None}, "bench")
+    trainer.num_epochs = ENDLESS
+    trainer.disable_checkpointing = True
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+
+
+def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = lambda line: None) -> Speeds:
+    """Measure for about ``seconds``, longer where a single step takes longer. ``trainer``: as :func:`bench_trainer` makes it.
+
+    Raises:
+        ValueError: a step does not fit into the device's memory.
+    """
+    clock = _clock(trainer.device)
+    say("loader alone")
+    loader, batch = _loader(trainer, LOADER * seconds)
+    try:
+        say("device alone")
+        device, first = _device(trainer, batch, DEVICE * seconds, clock)
+        say("both")
+        both, waiting = _both(trainer, BOTH * seconds, clock)
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(
+            f"A step does not fit into the {_size(clock.available())} of the device. Set gradient_checkpointing in \"cva\", or "
+            "lower batch_size or patch_size of the configuration."
+        ) from None
+    workers = trainer.dataloader_train._loader.num_workers
+    return Speeds(loader, device, both, waiting, workers, first, clock.peak(), clock.available())
+
+
+def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]:
+    """Steps per second, and one batch."""
+    batches = trainer.dataloader_train
+    for _ in range(max(1, batches._loader.num_workers)):  # they come all at once
+        batch = next(batches)
+    began, steps = perf_counter(), 0
+    while steps == 0 or perf_counter() - began < seconds:
+        batch = next(batches)
+        steps += 1
+    return steps / (perf_counter() - began), batch
+
+
+def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: _Clock) -> tuple[float, float]:
+    """Steps per second on one batch, differently augmented and masked in every step, and seconds of the first step."""
+
+    def step(number: int) -> None:
+        views = batch["views"] if trainer.device.type == "cuda" else batch["views"].clone()  # on CPUs changed in place
+        trainer.train_step({**batch, "views": views, "step": number})
+
+    began = perf_counter()
+    step(0)
+    clock.wait()
+    first = perf_counter() - began
+    if first > seconds and trainer.device.type == "cpu":  # nothing is compiled or tuned there: it counts
+        return 1 / first, first
+    for number in range(1, 4 if trainer.device.type == "cuda" else 1):
+        step(number)
+    clock.wait()
+    began, steps = perf_counter(), 0
+    while steps == 0 or perf_counter() - began < seconds:
+        step(4 + steps)
+        clock.mark()
+        steps += 1
+    clock.wait()
+    return steps / (perf_counter() - began), first
+
+
+def _both(trainer: CVATrainer, seconds: float, clock: _Clock) -> tuple[float, float]:
+    """Steps per second of a training, and the share of the time in which the device waited for its next batch."""
+    trainer.train_step(next(trainer.dataloader_train))
+    last = clock.mark()
+    marks: list[tuple[Any, Any]] = []
+    clock.wait()
+    began = perf_counter()
+    while not marks or perf_counter() - began < seconds:
+        batch = next(trainer.dataloader_train)
+        ready = clock.mark(hold=False)
+        trainer.train_step(batch)
+        marks.append((last, ready))
+        last = clock.mark()
+    clock.wait()
+    elapsed = perf_counter() - began
+    return len(marks) / elapsed, min(1.0, sum(clock.between(*pair) for pair in marks) / elapsed)
+
+
+class _Clock:
+    """Moments on the device: here the device does at once what it is told."""
+
+    def mark(self, hold: bool = True) -> Any:
+        """Now, as the device sees it. ``hold``: keep the program from running ahead of the device by many steps."""
+        self.wait()
+        return perf_counter()
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds."""
+        return end - begin
+
+    def wait(self) -> None:
+        """Until everything is done that the device was told."""
+
+    def peak(self) -> int:
+        """Bytes: the whole process on a CPU. 0: not known."""
+        if sys.platform == "win32":
+            return 0
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def available(self) -> int | None:
+        """Bytes that the device has."""
+        return None
+
+
+class _MPSClock(_Clock):
+    def wait(self) -> None:
+        torch.mps.synchronize()
+
+
+class _CUDAClock(_Clock):
+    """The host runs ahead of the device, so that the time it waits for a batch is not the time that the device does."""
+
+    def __init__(self) -> None:
+        self._pending: deque[torch.cuda.Event] = deque()
+        torch.cuda.reset_peak_memory_stats()
+
+    def mark(self, hold: bool = True) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if hold:
+            self._pending.append(event)
+            if len(self._pending) > AHEAD:
+                self._pending.popleft().synchronize()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+        self._pending.clear()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_reserved()
+
+    def available(self) -> int | None:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _clock(device: torch.device) -> _Clock:
+    return {"cuda": _CUDAClock, "mps": _MPSClock}.get(device.type, _Clock)()
+
+
+def advice(found: Speeds, trainer: CVATrainer, cores: int) -> list[str]:
+    """What to set, most useful first. ``cores``: that this process may use."""
+    return _for_the_loader(found, cores) if found.bottleneck == "loader" else _for_the_device(found, trainer)
+
+
+def _for_the_loader(found: Speeds, cores: int) -> list[str]:
+    needed = math.ceil(1.2 * max(1, found.workers) * found.device / found.loader)
+    if found.workers < cores - 1:
+        lines = [f"export nnUNet_n_proc_DA={min(needed, cores - 1)} (loader processes; now {found.workers})."]
+    else:
+        lines = [f"All {cores} cores that this process may use are in use: {needed} loader processes would need as many cores."]
+    if needed > cores - 1:
+        lines.append('Fewer resampled views: rotation_p and scale_p in "cva"; a crop costs a fifth of a rotated view or less.')
+    return lines
+
+
+def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
+    if trainer.device.type != "cuda":
+        return ["A CUDA GPU. On a CPU: a smaller patch_size, batch_size or network, for trying things out."]
+    lines, free = [], 1 - found.memory / (found.available or found.memory)
+    if trainer.autocast_dtype is None:
+        lines.append('precision "auto" in "cva": bf16 where the GPU has it. fp32 is set now.')
+    if not trainer._do_i_compile():
+        lines.append("export nnUNet_compile=1: torch.compile is off.")
+    if trainer.config.gradient_checkpointing and free > 0.5:
+        lines.append('gradient_checkpointing false in "cva": more than half of the memory is free.')
+    elif free > 0.4:
+        lines.append(f"batch_size: {100 * free:.0f} % of the memory is free. More cases per step are another training, though.")
+    elif free < 0.05:
+        lines.append('The memory is all but full: gradient_checkpointing true in "cva", if a step should fail.')
+    return lines or ["Nothing: the device is busy with what has to be computed."]
+
+
+def warnings(said: list[str]) -> list[str]:
+    """Of what the trainer said, what a user should know."""
+    return [line for line in said if any(mark in line for mark in ("WARNING", "instead of", "Going on without"))]
+
+
+def table(found: Speeds, trainer: CVATrainer) -> list[str]:
+    """The speeds as lines of text."""
+    cases = trainer.configuration_manager.batch_size
+    form = "{:34}{:>10}{:>10}{:>12}"
+    rows = {
+        f"loader alone, {found.workers} processes": found.loader, f"device alone ({trainer.device.type})": found.device,
+        "both": found.both,
+    }  # fmt: skip
+    precision = str(trainer.autocast_dtype or torch.float32).removeprefix("torch.")
+    of = f" of {_size(found.available)}" if found.available else ""
+    what = "the device" if found.available else "the process, without loader processes"
+    hours = trainer.config.epochs * trainer.config.iterations_per_epoch / found.both / 3600
+    return [
+        f"Each step: {cases} cases, views of {'x'.join(map(str, trainer.view_size))} voxels, {precision}; the first took "
+        f"{found.first_step:.1f} s.",
+        form.format("", "steps/s", "cases/s", "s per step"),
+        *(form.format(name, f"{rate:.3g}", f"{rate * cases:.3g}", f"{1 / rate:.3g}") for name, rate in rows.items()),
+        f"Waiting for data: {100 * found.waiting:.1f} % of the time.",
+        *([f"Peak memory of {what}: {_size(found.memory)}{of}."] if found.memory else []),
+        f"{trainer.config.epochs} epochs of {trainer.config.iterations_per_epoch} steps would take {hours:.3g} hours.",
+    ]
+
+
+def _size(count: int | None) -> str:
+    return "memory" if count is None else f"{count / 1e9:.1f} GB"
