@@ -106,7 +106,7 @@ def _preset(args: argparse.Namespace, images: Images, targets: list[FineTuned]) 
         return None
     preset = from_preset(name)
     about = preset["preset"]
-    print(f"Plans: preset {name}. {about['description']} Peak GPU memory: {about['peak_memory']}.")
+    print(f"Plans: preset {name}. {about['description']} Peak memory: {about['peak_memory']}.")
     return normalised_as(preset, images.channels) if "CT" in images.channels else preset
 
 

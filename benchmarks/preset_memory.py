@@ -1,0 +1,176 @@
+"""Memory that one training step of every preset takes, counted without a GPU.
+
+    python benchmarks/preset_memory.py [PRESET ...] [--precision bf16] [--real]
+
+The step (student, teacher, losses, backward, optimizer; view, cases and recipe of the preset) runs on fake tensors:
+torch knows their shapes and lifetimes and computes nothing. Counted are the bytes of all tensors alive at the peak. A GPU
+needs more than that: cuDNN's workspaces, the allocator's fragments, the CUDA context. ``--real`` also runs the step on the
+CPU and prints by how much the process grew, which checks the count; for what fits into the machine's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.plan import from_preset, presets
+from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.training.objective import Prepared, objective
+from nnunetv2_cva.training.schedule import make_optimizer
+from nnunetv2_cva.views.masking import expand_mask, hide
+
+GB = 2**30
+
+
+class Fake(FakeTensorMode):
+    """The teacher is a deep copy of the student; its tensors belong to the same mode."""
+
+    def __deepcopy__(self, memo: dict) -> Fake:
+        return self
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that operations have made and nobody has dropped: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = self.known[storage] = storage.nbytes()
+            weakref.finalize(storage, self._dropped, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _dropped(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, out)
+        return out
+
+
+def described(name: str, batch: int | None):
+    """The preset's recipe, its plans and configuration as nnU-Net reads them, and the settings of the method."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
+
+    plans = from_preset(name)
+    recipe = plans["preset"]["recipe"]
+    found = getattr(nnUNetTrainerCVA, recipe, None) or getattr(nnUNetTrainerCVA_Primus, recipe)
+    if batch is not None:
+        plans["configurations"]["3d_fullres_cva"]["batch_size"] = batch
+    manager = PlansManager(plans)
+    return found, manager, manager.get_configuration("3d_fullres_cva"), resolve(found.config, plans, "3d_fullres_cva", {})
+
+
+def build(recipe, manager, configuration, config: CVAConfig):
+    """Student, teacher, optimizer."""
+    network = recipe.backbone_trainer.build_network_architecture(manager, configuration, 1, 1, False)
+    student = Student(make_backbone(network, config), config).train()
+    teacher = Teacher(student).eval() if config.needs_heads else None
+    return student, teacher, make_optimizer(student.parameters(), config, torch.device("cpu"))
+
+
+def batch_of(configuration, config: CVAConfig, block: tuple[int, int, int]) -> Prepared:
+    """What the student and the teacher get."""
+    size = tuple(configuration.patch_size)
+    n = configuration.batch_size * (2 if config.needs_second_view else 1)
+    views, inside = torch.randn(n, 1, *size), torch.ones(n, 1, *size, dtype=torch.bool)
+    rois = torch.tensor([[0.2, 0.2, 0.2], [0.9, 0.9, 0.9]]).expand(n, 2, 3).contiguous()
+    grid = [-(-s // b) for s, b in zip(size, block)]
+    cells = grid[0] * grid[1] * grid[2]
+    mask = (torch.arange(cells) < round(config.mask_ratio * cells)).reshape(1, *grid).expand(n, *grid).contiguous()
+    hidden = expand_mask(mask, block, size)
+    return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
+
+
+def step(student, teacher, optimizer, batch: Prepared, config: CVAConfig, precision: str) -> None:
+    """One training step, as the trainer does it."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+        ours = student(batch.visible, batch.mask, batch.rois)
+        theirs = teacher(batch.views, batch.rois) if teacher is not None else {}
+    objective(ours, theirs, batch, config)["total"].backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), config.gradient_clip)
+    optimizer.step()
+
+
+def counted(name: str, precision: str, batch: int | None) -> float:
+    """GB at the peak of the second step, when the optimizer's state exists."""
+    recipe, manager, configuration, config = described(name, batch)
+    with Fake():
+        with patch("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor):  # looks at values, which fakes have not
+            student, teacher, optimizer = build(recipe, manager, configuration, config)
+        inputs = batch_of(configuration, config, student.backbone.block)
+        with Peak() as tracker:
+            modules = (student, teacher) if teacher is not None else (student,)
+            for tensor in (*(t for m in modules for t in (*m.parameters(), *m.buffers())), inputs.views, inputs.visible,
+                           inputs.inside, inputs.hidden):  # fmt: skip
+                tracker.note(tensor)
+            for _ in range(2):
+                step(student, teacher, optimizer, inputs, config, precision)
+        return tracker.peak / GB
+
+
+def grown(name: str, precision: str, batch: int | None) -> float:
+    """GB by which the process grew at most during the same two steps on the CPU."""
+    recipe, manager, configuration, config = described(name, batch)
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
+    before = peak = resident()
+    running = True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, resident())
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    student, teacher, optimizer = build(recipe, manager, configuration, config)
+    inputs = batch_of(configuration, config, student.backbone.block)
+    for _ in range(2):
+        step(student, teacher, optimizer, inputs, config, precision)
+    running = False
+    watcher.join()
+    return (peak - before) / GB
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=sorted(presets()))
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--batch-size", type=int, help="cases per step instead of the preset's")
+    parser.add_argument("--real", action="store_true")
+    args = parser.parse_args()
+    print("| preset | precision | GB of tensors at the peak |" + (" process grew by, GB |" if args.real else ""))
+    print("|---|---|---|" + ("---|" if args.real else ""))
+    for name in args.presets:
+        line = f"| {name} | {args.precision} | {counted(name, args.precision, args.batch_size):.2f} |"
+        if args.real:
+            line += f" {grown(name, args.precision, args.batch_size):.2f} |"
+        print(line)
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
