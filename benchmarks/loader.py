@@ -5,16 +5,15 @@
 Cases are made of one image (or of smooth noise) and written in nnU-Net's own blocks and chunks. Times are CPU time of one
 thread: other programs on the machine change them less than they change the time on the clock.
 
-The floor is taken for the very same pairs in the same run: decompressing exactly the blocks of both windows (at once where
-that is fewer), one copy per view, and, where a view is not a mere crop, the resampling itself with everything prepared
-beforehand: three products with ready matrices for a scale, ``grid_sample`` with a ready grid for a rotation. It writes into
-new memory, as a batch that is handed over has to.
+The floor is taken for the very same pairs in the same run: opening the file, decompressing exactly the blocks of both windows
+(at once where that is fewer), one copy per view into new memory (a batch is handed over), and, where a view is not a mere crop,
+the resampling itself with everything prepared beforehand: three products with ready matrices for a scale, ``grid_sample`` with a
+ready grid for a rotation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -83,8 +82,9 @@ def floor(case: Case, pair: Pair) -> Callable[[], None]:
 
     def run() -> None:
         out = torch.empty(2, 1, *pair.size)
+        opened = Case(case.path)
         for where in slices:
-            case.array[where]
+            opened.array[where]
         for v in (0, 1):
             if resampled[v]:
                 _resample(prepared[v], out[v])
@@ -184,32 +184,29 @@ def table_of_workers(folder: Path, image: Path | None, pairs: int) -> None:
 
 def table_of_memory(folder: Path, image: Path | None) -> None:
     """Peak of a worker (Linux, VmHWM: all of the process with torch in it, and the batch that it hands over)."""
-    print("Peak memory of a worker process, 4 cases per step:\n\n| view | spatial transforms | MB, whole process | at start |")
-    print("|---|---|---|---|")
+    print("Peak memory of a worker process, 4 cases per step:\n\n| view | spatial transforms | MB |\n|---|---|---|")
     for view in (128, 160):
         keys = write(folder, CASE, view, image, count=4)
         for name in ("crops", "all rotated"):
             command = [sys.executable, __file__, "--worker", str(folder), str(view), name, *keys]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            start, peak = json.loads(done.stdout.splitlines()[-1])
-            print(f"| {view}^3 | {name} | {peak:.0f} | {start:.0f} |", flush=True)
+            print(f"| {view}^3 | {name} | {float(done.stdout.splitlines()[-1]):.0f} |", flush=True)
     print()
 
 
 def worker(folder: str, view: str, name: str, *keys: str) -> None:
-    """Load some steps with one worker; print its memory before and its peak after, in MB."""
+    """Load some steps with one worker; print its peak in MB."""
     data = PairDataset(Cases(folder, list(keys)), list(keys), (int(view),) * 3, SETTINGS[name], 4, (0, 4), seed=0)
     batches = Batches(make_loader(data, 0, 10**6, 1, 2)[0])
     (process,) = batches._iterator._workers
-    start = _peak("self")
     for _ in range(8):
         next(batches)
     peak = _peak(process.pid)
     batches.close()
-    print(json.dumps([start, peak]))
+    print(peak)
 
 
-def _peak(pid: int | str) -> float:
+def _peak(pid: int) -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 

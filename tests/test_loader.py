@@ -321,6 +321,17 @@ def test_pairs_of_mostly_air_are_drawn_again(background: float, noise: float, tm
     assert avoided < 0.1  # four draws
 
 
+@pytest.mark.parametrize("setting", ["crop", "mirror", "scale"])
+def test_looking_for_air_axis_by_axis_is_looking_point_by_point(setting: str) -> None:
+    """The path of rotated pairs, for a rotation by nothing."""
+    rng, voxels = np.random.default_rng(0), texture((30, 35, 40), channels=2)
+    for _ in range(20):
+        pair = draw_pair((30, 35, 40), SIZE, SETTINGS[setting], rng)
+        whole = np.array([[0, 30], [0, 35], [0, 40]])
+        fast, slow = (resample._samples(voxels, whole, p) for p in (pair, replace(pair, rotation=np.eye(3))))
+        np.testing.assert_array_equal(fast, slow)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_fraction_of_air_is_that_of_the_shared_region(setting: str, tmp_path: Path) -> None:
     image = half_air(-3.0, 0.03)

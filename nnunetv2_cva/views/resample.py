@@ -64,7 +64,7 @@ def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor
 def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
     """How much of the shared region is air, 0 to 1, looked up at some thousand points of it as view 0 sees them.
 
-    Looking at voxels that were read anyway, before they are resampled, costs a millisecond. Air is what lies within 0.2
+    Looking at voxels that were read anyway, before they are resampled, costs less than a millisecond. Air is what lies within 0.2
     of the region's 1 % quantile in every channel: images are normalised, so 0.2 standard deviations, which is more than
     the noise of air. Where only the body was normalised, the background is not darker than it but exactly constant,
     and so is the median of a region that is mostly background: what equals the median is air too.
@@ -72,19 +72,30 @@ def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
     Limits: the level of air is not known. Uniform tissue without noise counts as air (so does a constant region);
     background that is neither dark nor constant, such as ghosting, does not.
     """
-    matrix, shift = pair.to_case(0)
-    begin, end = pair.rois[0] * np.array(pair.size)
-    steps = (np.arange(AIR_POINTS) + 0.5) / AIR_POINTS
-    i, j, k = (b + (e - b) * steps for b, e in zip(begin, end, strict=True))
-    points = np.stack(np.meshgrid(i, j, k, indexing="ij"), -1).reshape(-1, 3) @ matrix.T + shift
-    points = points[((points >= 0) & (points < pair.shape)).all(1)]
-    if len(points) == 0:
+    values = _samples(voxels, box, pair)
+    if values.size == 0:
         return 1.0
-    where = np.clip(points.astype(int) - box[:, 0], 0, np.subtract(voxels.shape[1:], 1))
-    values = voxels[:, where[:, 0], where[:, 1], where[:, 2]]
     dark, median = np.quantile(values, (0.01, 0.5), axis=1)[..., None]
     air = (np.abs(values - dark) <= AIR_TOLERANCE) | (np.abs(values - median) <= 1e-4)
     return float(air.all(0).mean())
+
+
+def _samples(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> np.ndarray:
+    """(C, S): the voxels next to a regular grid of points of the shared region, as far as they are in the case."""
+    matrix, shift = pair.to_case(0)
+    begin, end = pair.rois[0] * np.array(pair.size)
+    steps = (np.arange(AIR_POINTS) + 0.5) / AIR_POINTS
+    along = [b + (e - b) * steps for b, e in zip(begin, end, strict=True)]
+    last = np.subtract(voxels.shape[1:], 1)
+    if pair.rotation is None:  # axis by axis: the same, a third of the time
+        axes = [m * x + s for m, x, s in zip(np.diag(matrix), along, shift, strict=True)]
+        axes = [x[(x >= 0) & (x < n)] for x, n in zip(axes, pair.shape, strict=True)]
+        i, j, k = (np.clip(x.astype(int) - b, 0, n) for x, b, n in zip(axes, box[:, 0], last, strict=True))
+        return voxels[:, i[:, None, None], j[:, None], k].reshape(len(voxels), -1)
+    points = np.stack(np.meshgrid(*along, indexing="ij"), -1).reshape(-1, 3) @ matrix.T + shift
+    points = points[((points >= 0) & (points < pair.shape)).all(1)]
+    i, j, k = np.clip(points.astype(int) - box[:, 0], 0, last).T
+    return voxels[:, i, j, k]
 
 
 def _is_crop(pair: Pair, view: int) -> bool:
