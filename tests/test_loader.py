@@ -559,6 +559,30 @@ def test_usable_cores_are_the_least_of_all_limits(tmp_path: Path, monkeypatch: p
     assert usable_cores({}, tmp_path) == 1
 
 
+def test_limits_of_every_group_around_the_process_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's limits are deep in the tree where there is no namespace for it."""
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    monkeypatch.setattr(resources, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/slurm/job_7/step_0\n")
+    step = tmp_path / "slurm" / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    (step.parent / "cpu.max").write_text("600000 100000\n")
+    (tmp_path / "slurm" / "cpu.max").write_text("max 100000\n")
+    assert usable_cores({}, tmp_path) == 6
+    (step / "memory.max").write_text("max\n")
+    (step.parent / "memory.max").write_text(str(2 * 2**30))
+    (step.parent / "memory.current").write_text(str(2 * 2**30))
+    if not Path("/proc/meminfo").exists():
+        return
+    assert resources._memory() == (0, 2 * 2**30)
+    # What files hold of it is given back when it is needed.
+    (step.parent / "memory.stat").write_text(f"anon {2**20}\nfile {2**30}\ninactive_file {2**29}\nactive_file {2**28}\n")
+    assert resources._memory() == (2**29 + 2**28, 2 * 2**30)
+    (tmp_path / "own").write_text("0::/\n")
+    assert usable_cores({}, tmp_path) == 16
+
+
 def test_waiting_batches_keep_to_their_share_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 100 * 2**20
 

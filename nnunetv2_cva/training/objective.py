@@ -39,7 +39,10 @@ def prepare(
         return Prepared(views, rois, inside, views, None, None)
     i, j, k = views.shape[2:]
     size = (i, j, k)
-    mask = draw_mask(len(views), size, block, config.mask_ratio, stream("masks", *seed)).to(device, non_blocking=True)
+    mask = draw_mask(len(views), size, block, config.mask_ratio, stream("masks", *seed))
+    if device.type == "cuda":
+        mask = mask.pin_memory()  # a copy from ordinary memory may wait for the GPU
+    mask = mask.to(device, non_blocking=True)
     hidden = expand_mask(mask, block, size)
     return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 WORKERS_VARIABLE = "nnUNet_n_proc_DA"  # nnU-Net's own
@@ -12,6 +12,7 @@ MOST_WORKERS = 12
 MOST_WORKERS_CPU = 2  # training on the CPU needs the cores itself
 MEMORY_SHARE = 0.25  # of what is available, for batches that wait to be used
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -91,20 +92,47 @@ def _memory() -> tuple[int | None, int | None]:
         free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     except (OSError, KeyError, ValueError):
         return None, None
-    limit, used = _number(CGROUPS / "memory.max"), _number(CGROUPS / "memory.current")
-    if limit is not None and used is not None and limit < total:
-        free, total = min(free, limit - used), limit
+    for folder in _own_groups(CGROUPS):
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None and limit < total:
+            free, total = min(free, max(0, limit - used + _cached(folder))), limit
     return free, total
 
 
-def _cgroup_quota(cgroups: Path) -> list[float]:
-    """Cores that a container's quota amounts to (cgroup v2 or v1); empty where there is none."""
+def _cached(folder: Path) -> int:
+    """Bytes of files that a group's memory holds and gives back when asked to: cases that were read count as used."""
     try:
-        quota, period = (cgroups / "cpu.max").read_text().split()
-        return [int(quota) / int(period)]
-    except (OSError, ValueError):  # no such file, or "max"
-        quota_v1, period_v1 = (_number(cgroups / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-        return [quota_v1 / period_v1] if quota_v1 is not None and period_v1 and quota_v1 > 0 else []
+        lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(lines["active_file"]) + int(lines["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def _own_groups(cgroups: Path) -> Iterator[Path]:
+    """The folders whose limits hold for this process (cgroup v2), outermost first. In a container that is mostly the root."""
+    yield cgroups
+    try:
+        own = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    parts = [part for part in own.split("/") if part not in ("", "..")]
+    for depth in range(1, len(parts) + 1):
+        yield cgroups.joinpath(*parts[:depth])
+
+
+def _cgroup_quota(cgroups: Path) -> list[float]:
+    """Cores that quotas amount to (cgroup v2, else v1); empty where there is none."""
+    quotas = []
+    for folder in _own_groups(cgroups):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        except (OSError, ValueError):  # no such file, or "max"
+            pass
+    if quotas:
+        return quotas
+    quota_v1, period_v1 = (_number(cgroups / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return [quota_v1 / period_v1] if quota_v1 is not None and period_v1 and quota_v1 > 0 else []
 
 
 def _number(path: Path) -> int | None:
