@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from projects import VIEW, make_project, make_trainer
 
@@ -191,6 +192,6 @@ def test_the_configuration_to_fine_tune_is_the_one_inherited_from(tmp_path, monk
     trainer = make_trainer(nnUNetTrainerCVA, configuration="3d_fullres_cva")
     trainer.initialize()
     trainer.student.backbone.fits_any_view = any_view
-    said = "\n".join(report.closing(trainer))
+    said = report.closing(trainer.plans_manager.plans, "3d_fullres_cva", trainer.student, nnUNetTrainer, "w.pth")
     assert "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights" in said
     assert ("patch_size" in said) == bool(note) and note in said

@@ -4,58 +4,46 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from nnunetv2_cva import __version__
-
-if TYPE_CHECKING:
-    from nnunetv2_cva.training.trainer import CVATrainer
+from torch import nn
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
 
-def collect(trainer: CVATrainer, epochs_done: int, whole: bool) -> dict[str, Any]:
-    """What a checkpoint holds: nnU-Net's own entries, ours under ``cva``. Not ``whole``: weights only."""
-    content: dict[str, Any] = {
-        "network_weights": trainer.network.state_dict(),
-        "init_args": {
-            "plans": trainer.plans_manager.plans,
-            "configuration": trainer.configuration_name,
-            "fold": trainer.fold,
-            "dataset_json": trainer.dataset_json,
-        },
-        "trainer_name": type(trainer).__name__,
-        "inference_allowed_mirroring_axes": None,
-        "current_epoch": epochs_done,
-        "cva": {
-            "version": __version__,
-            "config": trainer.config.as_dict(),
-            "history": trainer.history.epochs,
-            "backbone_trainer": trainer.backbone_trainer.__name__,
-        },
-    }
-    if whole:
-        scaler, teacher = trainer.grad_scaler, trainer.teacher
-        content["optimizer_state"] = trainer.optimizer.state_dict()
-        content["grad_scaler_state"] = scaler.state_dict() if scaler else None
-        content["cva"]["heads"] = {name: module.state_dict() for name, module in trainer.student.heads().items()}
-        content["cva"]["teacher"] = teacher.state_dict() if teacher is not None else None
-    return content
+@dataclass(frozen=True)
+class Run:
+    """Everything of a run that has a state. ``heads``: what is trained and not nnU-Net's network, by name."""
 
+    network: nn.Module
+    heads: dict[str, nn.Module]
+    teacher: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
 
-def restore(trainer: CVATrainer, content: dict[str, Any]) -> None:
-    """Put a whole checkpoint into an initialised trainer. The teacher, which is made later, is not among it."""
-    trainer.network.load_state_dict(content["network_weights"])
-    for name, module in trainer.student.heads().items():
-        module.load_state_dict(content["cva"]["heads"][name])
-    trainer.optimizer.load_state_dict(content["optimizer_state"])
-    if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
-        trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
-    trainer.current_epoch = content["current_epoch"]
-    trainer.history.epochs = list(content["cva"]["history"])
+    def put_into(self, content: dict[str, Any], whole: bool) -> dict[str, Any]:
+        """Add the states to a checkpoint: nnU-Net's entries, ours under ``cva``. Not ``whole``: the network's weights only."""
+        content["network_weights"] = self.network.state_dict()
+        if whole:
+            content["optimizer_state"] = self.optimizer.state_dict()
+            content["grad_scaler_state"] = self.scaler.state_dict() if self.scaler else None
+            content["cva"]["heads"] = {name: module.state_dict() for name, module in self.heads.items()}
+            content["cva"]["teacher"] = self.teacher.state_dict() if self.teacher is not None else None
+        return content
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """The states of a whole checkpoint."""
+        self.network.load_state_dict(content["network_weights"])
+        for name, module in self.heads.items():
+            module.load_state_dict(content["cva"]["heads"][name])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(content["cva"]["teacher"])
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.scaler is not None and content["grad_scaler_state"] is not None:
+            self.scaler.load_state_dict(content["grad_scaler_state"])
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_cva.training.checkpoint import FINAL
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.model.branches import Student
 from nnunetv2_cva.training.probe import criterion
 
-if TYPE_CHECKING:
-    from nnunetv2_cva.training.trainer import CVATrainer
 
-
-def opening(trainer: CVATrainer) -> list[str]:
-    """What a step costs, what chooses the best checkpoint, all settings."""
-    config, cases = trainer.config, trainer.configuration_manager.batch_size
+def opening(
+    config: CVAConfig, cases: int, view: Sequence[int], student: Student, teacher: bool, dtype: torch.dtype | None
+) -> list[str]:
+    """What a step of ``cases`` costs, what chooses the best checkpoint, all settings."""
     views = 2 * cases if config.needs_second_view else cases
-    teacher = " and as many through the teacher's encoder" if trainer.teacher is not None else ""
-    trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
-    precision = str(trainer.autocast_dtype or torch.float32).removeprefix("torch.")
+    encoder = " and as many through the teacher's encoder"
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return [
-        f"Each step: {cases} cases, {views} views of {'x'.join(map(str, trainer.view_size))} voxels through the student"
-        f"{teacher} (patch_size and batch_size of the plans). {trained / 1e6:.1f} M parameters are trained, "
-        f"precision {precision}.",
+        f"Each step: {cases} cases, {views} views of {_by(view)} voxels through the student"
+        f"{encoder if teacher else ''} (patch_size and batch_size of the "
+        f"plans). {trained / 1e6:.1f} M parameters are trained, precision {str(dtype or torch.float32).removeprefix('torch.')}.",
         f"The best checkpoint is the one with the {criterion(config)[2]}.",
         f"Settings of the method: {config.as_dict()}",
     ]
@@ -47,36 +45,27 @@ def epoch(record: dict[str, Any], note: str) -> list[str]:
     ]
 
 
-def closing(trainer: CVATrainer) -> list[str]:
-    """The metrics of the last epoch and the exact command for fine-tuning."""
-    epochs, lines = trainer.history.epochs, []
-    if epochs:
-        last = {k: round(v, 4) for k, v in epochs[-1].items()}
-        lines.append(f"Metrics of the last epoch: {last}")
-    backbone = trainer.backbone_trainer
-    plans = trainer.plans_manager.plans_name
-    configuration, note = _for_fine_tuning(trainer)
-    return [
-        *lines,
-        f"Fine-tune with nnU-Net itself, on a dataset that has these plans:\n"
-        f"nnUNetv2_train DATASET {configuration} FOLD -p {plans}"
-        f"{'' if backbone is nnUNetTrainer else f' -tr {backbone.__name__}'} "
-        f"-pretrained_weights {os.path.join(trainer.output_folder, FINAL)}\n"
-        f"{note}For a dataset with other plans, make a file that fits with nnUNetv2_cva export.",
-    ]
-
-
-def _for_fine_tuning(trainer: CVATrainer) -> tuple[str, str]:
-    """The configuration to fine-tune: what this one inherits from, if it does; and a warning where the weights do not fit it."""
-    configurations = trainer.plans_manager.plans["configurations"]
-    name = trainer.configuration_name
+def closing(
+    plans: dict[str, Any], configuration: str, student: Student, backbone: type[nnUNetTrainer], weights: str
+) -> str:
+    """The exact command for fine-tuning from the file ``weights``, in the configuration that this one inherits from: the
+    datasets to fine-tune have that one. With a warning where the weights do not fit it."""
+    configurations, name = plans["configurations"], configuration
+    view = configurations[name]["patch_size"]
     while "inherits_from" in configurations[name]:
         name = configurations[name]["inherits_from"]
-    size = configurations[name]["patch_size"]
-    if trainer.student.backbone.fits_any_view or tuple(size) == trainer.view_size:
-        return name, ""
-    size, view = ("x".join(map(str, s)) for s in (size, trainer.view_size))
-    return name, (
-        f"{name} has patch_size {size} and this network a position for every token of {view}: give it this patch_size, or "
-        "adapt the weights with nnUNetv2_cva export.\n"
+    size, note = configurations[name]["patch_size"], ""
+    if not student.backbone.fits_any_view and list(size) != list(view):
+        note = (
+            f"{name} has patch_size {_by(size)} and this network a position for every token of {_by(view)}: give it this "
+            "patch_size, or adapt the weights with nnUNetv2_cva export.\n"
+        )
+    return (
+        f"Fine-tune with nnU-Net itself, on a dataset that has these plans:\nnnUNetv2_train DATASET {name} FOLD -p "
+        f"{plans['plans_name']}{'' if backbone is nnUNetTrainer else f' -tr {backbone.__name__}'} -pretrained_weights {weights}\n"
+        f"{note}For a dataset with other plans, make a file that fits with nnUNetv2_cva export."
     )
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

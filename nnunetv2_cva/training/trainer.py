@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
+from nnunetv2_cva import __version__
 from nnunetv2_cva.config import CVAConfig, check_resumable, resolve
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import report
+from nnunetv2_cva.training.compiled import Compiled
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History
@@ -127,12 +130,14 @@ class CVATrainer(nnUNetTrainer):
         self._start_from_file()
         self._make_teacher()
         self._open_data()
-        for line in report.opening(self):
+        cases = self.configuration_manager.batch_size
+        has_teacher = self.teacher is not None
+        for line in report.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
             self.print_to_log_file(line)
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
-        self._step_module = self._wrapped(self.student)
+        self._forward = self._wrapped(self.student)
         its = self.num_iterations_per_epoch
         self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
         self._resumed = None
@@ -153,7 +158,7 @@ class CVATrainer(nnUNetTrainer):
             self.teacher = Teacher(self.student).to(self.device).eval()
         if self._resumed is not None:
             if self.teacher is not None:
-                self.teacher.load_state_dict(self._resumed["teacher"])
+                self.teacher.load_state_dict(self._resumed["cva"]["teacher"])
             self.print_to_log_file(
                 f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as saved."
             )
@@ -195,13 +200,12 @@ class CVATrainer(nnUNetTrainer):
         fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
         if isfile(fingerprint):
             shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
-        self.history.restore([] if self._resumed is None else self._resumed["history"])
+        self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
 
-    def _wrapped(self, module: nn.Module) -> nn.Module:
+    def _wrapped(self, module: nn.Module) -> Callable[..., dict[str, Tensor]]:
         if self.is_ddp:
             module = nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank])
-        self._untried = self._do_i_compile()
-        return torch.compile(module) if self._untried else module  # type: ignore[return-value]
+        return Compiled(module, self.print_to_log_file) if self._do_i_compile() else module
 
     # ---- one epoch
 
@@ -223,31 +227,13 @@ class CVATrainer(nnUNetTrainer):
         ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            student = self._student(ready.visible, ready.mask, ready.rois)
+            student = self._forward(ready.visible, ready.mask, ready.rois)
             teacher = self.teacher(ready.views, ready.rois) if self.teacher is not None else {}
         losses = objective(student, teacher, ready, self.config)
         if self._update(losses["total"]) and self.teacher is not None:
             self.teacher.follow(self.student, self.config.teacher_momentum)
         self._show_progress()
         return {**{name: loss.detach() for name, loss in losses.items()}, "overlap": batch["overlap"].mean()}
-
-    def _student(self, *inputs: Tensor | None) -> dict[str, Tensor]:
-        """The student; a compilation that fails at its first step is reported in one line and given up."""
-        if not self._untried:
-            return self._step_module(*inputs)
-        self._untried = False
-        try:
-            return self._step_module(*inputs)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as e:
-            self._step_module = cast(nn.Module, self._step_module._orig_mod)
-            found = self._step_module(*inputs)  # fails in the same way when compiling was not to blame
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            self.print_to_log_file(
-                f"Going on without torch.compile, which failed: {reason} (nnUNet_compile=0 switches it off)"
-            )
-            return found
 
     def _update(self, total: Tensor) -> bool:
         """Backward, clip, step. False when the loss scaler skipped the step."""
@@ -344,17 +330,38 @@ class CVATrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Nothing is labelled: the last metrics, and what to do with the weights."""
-        if self.local_rank == 0:
-            for line in report.closing(self):
-                self.print_to_log_file(line)
+        if self.local_rank != 0:
+            return
+        if self.history.epochs:
+            last = {k: round(v, 4) for k, v in self.history.epochs[-1].items()}
+            self.print_to_log_file(f"Metrics of the last epoch: {last}")
+        weights = join(self.output_folder, checkpoints.FINAL)
+        plans, name = self.plans_manager.plans, self.configuration_name
+        self.print_to_log_file(report.closing(plans, name, self.student, self.backbone_trainer, weights))
 
     def save_checkpoint(self, filename: str) -> None:
         """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         name = os.path.basename(filename)
-        epochs_done = self.current_epoch + (name != checkpoints.FINAL)  # final is written after the last epoch was counted
-        checkpoints.save(checkpoints.collect(self, epochs_done, whole=name != checkpoints.BEST), filename)
+        content = {
+            "init_args": {
+                "plans": self.plans_manager.plans,
+                "configuration": self.configuration_name,
+                "fold": self.fold,
+                "dataset_json": self.dataset_json,
+            },
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": None,
+            "current_epoch": self.current_epoch + (name != checkpoints.FINAL),  # final: the last epoch is counted already
+            "cva": {
+                "version": __version__,
+                "config": self.config.as_dict(),
+                "history": self.history.epochs,
+                "backbone_trainer": self.backbone_trainer.__name__,
+            },
+        }
+        checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for."""
@@ -362,8 +369,13 @@ class CVATrainer(nnUNetTrainer):
         self.config = check_resumable(content["cva"]["config"], self.config)
         if not self.was_initialized:
             self.initialize()
-        checkpoints.restore(self, content)
-        self._resumed = content["cva"]
+        self._run().restore(content)
+        self.current_epoch = content["current_epoch"]
+        self.history.epochs = list(content["cva"]["history"])
+        self._resumed = content
+
+    def _run(self) -> checkpoints.Run:
+        return checkpoints.Run(self.network, self.student.heads(), self.teacher, self.optimizer, self.grad_scaler)
 
 
 def _checksum(network: nn.Module) -> float:
