@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nnunetv2_cva.demo.pipeline import Size
     from nnunetv2_cva.demo.workspace import Workspace
 
-HELP = "Pretrain, fine-tune and compare on a small synthetic dataset: about ten minutes on two CPU cores, no download."
+HELP = "Pretrain, fine-tune and compare on a small synthetic dataset: less than ten minutes on two CPU cores, no download."
 
 LOG_LINES = 15  # of nnU-Net's output, shown when a step fails
 QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
@@ -136,7 +136,7 @@ def play(workspace: Workspace, size: Size, seed: int, device: str) -> int:
 
     with output_to(workspace.log) as terminal, environment(workspace):
         stage = Stage(terminal, steps=6)
-        stage.say(f"nnUNetv2_cva demo on {device}: about ten minutes on two CPU cores. Nothing is downloaded.")
+        stage.say(f"nnUNetv2_cva demo on {device}: less than ten minutes on two CPU cores. Nothing is downloaded.")
         stage.say(f"Everything is written to {workspace.folder}; what nnU-Net prints goes to demo.log there.\n")
         try:
             numbers = train_and_compare(workspace, size, seed, device, stage)
