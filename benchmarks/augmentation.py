@@ -32,6 +32,8 @@ PROBABILITY = {
     "gamma": CONFIG.gamma_p,
 }  # fmt: skip
 
+WARM_UP = 12
+
 
 def theirs() -> dict[str, Callable[..., dict]]:
     """batchgeneratorsv2's, with the arguments of nnU-Net's training, every channel changed."""
@@ -66,9 +68,12 @@ def ours(device: torch.device) -> dict[str, Callable[[torch.Tensor], None]]:
 
 
 def milliseconds(run: Callable[[torch.Tensor], object], view: torch.Tensor, repeats: int) -> float:
-    """Of the device on CUDA, else of CPU time; each time on a fresh copy, which is not counted."""
+    """Of the device on CUDA, else of CPU time; each time on a fresh copy, which is not counted.
+
+    The first dozen is not counted either: in it batchgeneratorsv2 tries which way of blurring is the faster one.
+    """
     total = 0.0
-    for n in range(-2, repeats):
+    for n in range(-WARM_UP, repeats):
         fresh = view.clone()
         if view.is_cuda:
             torch.cuda.synchronize()

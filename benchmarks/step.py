@@ -1,6 +1,7 @@
 """What a training step consists of: FLOPs at the paper's sizes, time and peak memory where the machine allows.
 
     python benchmarks/step.py flops [resencl_128 primusm_160]          # no memory needed: fake tensors, torch's own counter
+    python benchmarks/step.py memory [resencl_128 primusm_160]         # bytes of all tensors at the peak, on fake tensors
     python benchmarks/step.py time [--device cuda] [--steps 10] [small_unet small_primus]     # on cuda also the two above
 
 The step is put together of the trainer's own parts (student, teacher, objective, optimizer), timed one by one. Beside it, in the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,8 +27,8 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from preset_memory import GB, Fake, Peak
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_cva.config import CVAConfig
@@ -36,13 +38,6 @@ from nnunetv2_cva.training.schedule import make_optimizer
 from nnunetv2_cva.views.masking import expand_mask, hide
 
 POSITIONS = 16  # of every tap, per axis, in the slow way
-
-
-class Fake(FakeTensorMode):
-    """The teacher is a deep copy of the student; its tensors belong to the same mode."""
-
-    def __deepcopy__(self, memo: dict) -> Fake:
-        return self
 
 
 def unet(features: list[int], blocks: list[int]) -> nn.Module:
@@ -85,7 +80,7 @@ class Subject:
 
     def __init__(self, name: str, device: torch.device) -> None:
         make, edge, cases, self.config = SUBJECTS[name]
-        self.make, self.device, self.views = make, device, 2 * cases
+        self.make, self.device, self.views, self.bf16 = make, device, 2 * cases, device.type == "cuda"
         with device:
             self.network = make()
             self.student = Student(make_backbone(self.network, self.config), self.config).train()
@@ -106,7 +101,14 @@ class Subject:
     @property
     def autocast(self) -> Any:
         """bf16 where training would use it."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What exists before a step."""
+        b = self.batch
+        modules = (*self.student.parameters(), *self.student.buffers(), *self.teacher.parameters(), *self.teacher.buffers())
+        return [*modules, b.views, b.inside, b.visible, b.hidden]
 
     def step(self, part: Callable[[str], Any]) -> None:
         """The trainer's step after ``prepare``; ``part(name)`` is entered around each of its parts."""
@@ -215,6 +217,7 @@ def supervised(subject: Subject) -> Callable[[Callable[[str], Any]], None]:
 
     if hasattr(network, "decoder"):
         network.decoder.deep_supervision = True
+    step.tensors = [*network.parameters(), *network.buffers(), subject.batch.views, target]
     return step
 
 
@@ -282,6 +285,26 @@ def flops(names: list[str]) -> None:
         print(f"\nwhole / needed: {whole / sum(least.values()):.4f}; whole / slow way: {whole / counts.of['slow way']:.3f}")
 
 
+def memory(names: list[str]) -> None:
+    """Tables of GB at the peak of the second step, when the optimizer's state exists; bf16 as on a GPU."""
+    for name in names:
+        print(f"\n{name}, bf16, GB of tensors at the peak\n\n| step | GB | of the slow way |\n|---|---|---|")
+        found = {}
+        for run in ("slow way", "whole step", "supervised"):
+            with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake():
+                subject = Subject(name, torch.device("cpu"))
+                subject.bf16 = True
+                step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run) or supervised(subject)
+                with Peak() as tracker:
+                    for tensor in getattr(step, "tensors", subject.tensors):
+                        tracker.note(tensor)
+                    for _ in range(2):
+                        step(lambda part: nullcontext())
+                found[run] = tracker.peak / GB
+                del subject, step
+            print(f"| {run} | {found[run]:.1f} | {found[run] / found['slow way']:.2f} |", flush=True)
+
+
 # ---- time and memory
 
 
@@ -347,13 +370,14 @@ def time(names: list[str], device: torch.device, steps: int) -> None:
 def main() -> None:
     """Count or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("flops", "time"))
+    parser.add_argument("what", choices=("flops", "memory", "time"))
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
-    if args.what == "flops":
-        flops(args.subjects or list(PAPER))
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    if args.what != "time":
+        {"flops": flops, "memory": memory}[args.what](args.subjects or list(PAPER))
         return
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train sets it
