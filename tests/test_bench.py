@@ -15,6 +15,7 @@ from projects import CONFIGURATION, DATASET_JSON, NAME, make_project, plans
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.training import bench
 from nnunetv2_cva.training.bench import Speeds, advice, bench_trainer, measure, table, warnings
+from nnunetv2_cva.training.clock import make_clock
 from nnunetv2_cva.transfer import target
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_the_fixed_batch_stays_as_it_is(project):
     with bench_trainer(nnUNetTrainerCVA, plans(), CONFIGURATION, DATASET_JSON, CPU) as (trainer, _):
         batch = next(trainer.dataloader_train)
         views = batch["views"].clone()
-        speed, first = bench._device(trainer, batch, 0.2, bench._clock(CPU))
+        speed, first = bench._device(trainer, batch, 0.2, make_clock(CPU))
     assert torch.equal(views, batch["views"]) and speed > 0 and first > 0
 
 

@@ -9,9 +9,7 @@ import contextlib
 import io
 import math
 import os
-import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -19,11 +17,11 @@ from typing import Any
 
 import torch
 
+from nnunetv2_cva.training.clock import Clock, make_clock
 from nnunetv2_cva.training.trainer import CVATrainer
 
 # Of the seconds that a measurement may take. Starting is not counted.
 LOADER, DEVICE, BOTH = 0.25, 0.35, 0.4
-AHEAD = 2  # steps that wait for the device at most
 ENDLESS = 10**7  # epochs
 
 
@@ -102,7 +100,7 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
     Raises:
         ValueError: a step does not fit into the device's memory.
     """
-    clock = _clock(trainer.device)
+    clock = make_clock(trainer.device)
     say("loader alone")
     loader, batch = _loader(trainer, LOADER * seconds)
     try:
@@ -131,7 +129,7 @@ def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]
     return steps / (perf_counter() - began), batch
 
 
-def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: _Clock) -> tuple[float, float]:
+def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: Clock) -> tuple[float, float]:
     """Steps per second on one batch, differently augmented and masked in every step, and seconds of the first step."""
 
     def step(number: int) -> None:
@@ -156,7 +154,7 @@ def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: _
     return steps / (perf_counter() - began), first
 
 
-def _both(trainer: CVATrainer, seconds: float, clock: _Clock) -> tuple[float, float]:
+def _both(trainer: CVATrainer, seconds: float, clock: Clock) -> tuple[float, float]:
     """Steps per second of a training, and the share of the time in which the device waited for its next batch."""
     trainer.train_step(next(trainer.dataloader_train))
     last = clock.mark()
@@ -172,74 +170,6 @@ def _both(trainer: CVATrainer, seconds: float, clock: _Clock) -> tuple[float, fl
     clock.wait()
     elapsed = perf_counter() - began
     return len(marks) / elapsed, min(1.0, sum(clock.between(*pair) for pair in marks) / elapsed)
-
-
-class _Clock:
-    """Moments on the device: here the device does at once what it is told."""
-
-    def mark(self, hold: bool = True) -> Any:
-        """Now, as the device sees it. ``hold``: keep the program from running ahead of the device by many steps."""
-        self.wait()
-        return perf_counter()
-
-    def between(self, begin: Any, end: Any) -> float:
-        """Seconds."""
-        return end - begin
-
-    def wait(self) -> None:
-        """Until everything is done that the device was told."""
-
-    def peak(self) -> int:
-        """Bytes: the whole process on a CPU. 0: not known."""
-        if sys.platform == "win32":
-            return 0
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def available(self) -> int | None:
-        """Bytes that the device has."""
-        return None
-
-
-class _MPSClock(_Clock):
-    def wait(self) -> None:
-        torch.mps.synchronize()
-
-
-class _CUDAClock(_Clock):
-    """The host runs ahead of the device, so that the time it waits for a batch is not the time that the device does."""
-
-    def __init__(self) -> None:
-        self._pending: deque[torch.cuda.Event] = deque()
-        torch.cuda.reset_peak_memory_stats()
-
-    def mark(self, hold: bool = True) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        if hold:
-            self._pending.append(event)
-            if len(self._pending) > AHEAD:
-                self._pending.popleft().synchronize()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) / 1000
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
-        self._pending.clear()
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_reserved()
-
-    def available(self) -> int | None:
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-
-
-def _clock(device: torch.device) -> _Clock:
-    return {"cuda": _CUDAClock, "mps": _MPSClock}.get(device.type, _Clock)()
 
 
 def advice(found: Speeds, trainer: CVATrainer, cores: int) -> list[str]:
@@ -285,9 +215,10 @@ def table(found: Speeds, trainer: CVATrainer) -> list[str]:
     cases = trainer.configuration_manager.batch_size
     form = "{:34}{:>10}{:>10}{:>12}"
     rows = {
-        f"loader alone, {found.workers} processes": found.loader, f"device alone ({trainer.device.type})": found.device,
+        f"loader alone, {found.workers} process{'es' * (found.workers != 1)}": found.loader,
+        f"device alone ({trainer.device.type})": found.device,
         "both": found.both,
-    }  # fmt: skip
+    }
     precision = str(trainer.autocast_dtype or torch.float32).removeprefix("torch.")
     of = f" of {_size(found.available)}" if found.available else ""
     what = "the device" if found.available else "the process, without loader processes"
