@@ -1,6 +1,6 @@
 """Milliseconds per view: our augmentation on the device beside batchgeneratorsv2's transforms in a loader process.
 
-    python benchmarks/augmentation.py [--device cuda] [--views 96 128 160] [--repeats 8]
+    python benchmarks/augmentation.py [--device cuda] [--views 96 128 160] [--repeats 12]
 
 Every transform is timed when it is applied, ours on ``--device`` and batchgeneratorsv2's on one CPU thread; "mean" is what a
 view costs on average with the default probabilities, which are the same on both sides (sum of probability times cost).
@@ -68,12 +68,12 @@ def ours(device: torch.device) -> dict[str, Callable[[torch.Tensor], None]]:
 
 
 def milliseconds(run: Callable[[torch.Tensor], object], view: torch.Tensor, repeats: int) -> float:
-    """Of the device on CUDA, else of CPU time; each time on a fresh copy, which is not counted.
+    """The median, of the device on CUDA, else of CPU time; each time on a fresh copy, which is not counted.
 
     The first dozen is not counted either: in it batchgeneratorsv2 tries which way of blurring is the faster one.
     """
-    total = 0.0
-    for n in range(-WARM_UP, repeats):
+    found = []
+    for _ in range(WARM_UP + repeats):
         fresh = view.clone()
         if view.is_cuda:
             torch.cuda.synchronize()
@@ -82,8 +82,8 @@ def milliseconds(run: Callable[[torch.Tensor], object], view: torch.Tensor, repe
         run(fresh)
         if view.is_cuda:
             torch.cuda.synchronize()
-        total += clock() - began if n >= 0 else 0.0
-    return 1000 * total / repeats
+        found.append(clock() - began)
+    return 1000 * float(np.median(found[WARM_UP:]))
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--views", type=int, nargs="+", default=[96, 128, 160])
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(args.device)
