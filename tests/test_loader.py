@@ -15,6 +15,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import ramp, texture, write_case
 from scipy import stats
 from scipy.ndimage import map_coordinates
@@ -87,21 +88,29 @@ def test_views_of_a_ramp_are_the_coordinates_of_their_voxels(setting: str, shape
             where = np.stack(pair.coordinates(v))
             depth = np.min([np.minimum(x, n - x) for x, n in zip(where, shape, strict=True)], axis=0)
             assert np.array_equal(inside, depth >= 0) or pair.rotation is not None
-            deep = inside if pair.rotation is None else depth >= 1
-            assert np.abs(view - where)[:, deep].max(initial=0) < 1e-3
+            assert np.abs(view - where)[:, inside].max(initial=0) < 1e-3
             assert (view[:, ~inside] == 0).all()
 
 
-@pytest.mark.parametrize("setting", ["crop", "mirror", "scale", "all"])
-def test_bins_of_both_views_hold_the_same_coordinates(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ramp_law_from_case_to_bins(setting: str, tmp_path: Path) -> None:
+    """200 pairs as the loader makes them of a case on disk, both views on pooled taps: same bins, same coordinates. Views that
+    reach out of the case show zeros there, which are no ramp."""
     write_case(tmp_path, "ramp", ramp((70, 90, 80)))
-    data = dataset(tmp_path, ["ramp"], replace(SETTINGS[setting], rotation_p=0.0))
-    for step in range(10):
-        batch = data[step]
-        first, second = roi_align_3d(
-            batch["views"], batch["rois"], (4, 3, 5), view_size=SIZE, stride=(1, 1, 1), offset=(0.0, 0.0, 0.0)
-        )
-        assert (first - second).abs().max() < 1e-3
+    data = dataset(tmp_path, ["ramp"], SETTINGS[setting])
+    seen, step = 0, 0
+    while seen < 200:
+        batch, step = data[step], step + 1
+        if not batch["inside"].all():
+            assert step < 2000, "views rarely lie in the case"
+            continue
+        seen += 1
+        for stride in (1, 2, 4):
+            tap = F.avg_pool3d(batch["views"], stride)
+            first, second = roi_align_3d(
+                tap, batch["rois"], (4, 3, 5), view_size=SIZE, stride=(stride,) * 3, offset=(0.0, 0.0, 0.0)
+            )
+            assert (first - second).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -7,7 +7,7 @@ rotation           ``grid_sample``
 =================  ====================================================================================================
 
 ``window`` says which voxels are needed, ``show`` makes the view of them. Half a voxel next to the border of a case lies
-beyond the outermost voxel centres: there scaled views extrapolate linearly, rotated ones repeat the outermost value.
+beyond the outermost voxel centres: there the image is continued linearly.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from torch import Tensor
 from nnunetv2_cva.views.geometry import Pair
 
 SLAB = 16  # planes of a view at a time: bounds the memory for what lies between
-AIR_POINTS = 16  # per axis
+AIR_POINTS = 12  # per axis
 AIR_TOLERANCE = 0.2  # standard deviations of the case
 
 
 def window(pair: Pair, view: int) -> np.ndarray:
-    """(3, 2) integers: the box of the case that the view needs. Only that of a mere crop reaches out of the case."""
-    v = pair.views[view]
+    """(3, 2) integers: the box of the case that the view needs. That of a mere crop may reach out of the case, that of a
+    rotated view by one voxel, which :func:`_continue` fills."""
+    v, shape = pair.views[view], np.array(pair.shape)
     if _is_crop(pair, view):
         return np.stack([v.begin, np.add(v.begin, v.extent)], axis=1)
     if pair.rotation is None:
         first, last = np.array([[n.min(), n.max()] for n, _ in _neighbours(pair, view)]).T
-    else:
-        matrix, shift = pair.to_case(view)
-        middle, reach = matrix @ np.divide(pair.size, 2) + shift, np.abs(matrix) @ (np.subtract(pair.size, 1) / 2)
-        first, last = np.floor(middle - reach - 0.5), np.floor(middle + reach - 0.5)
-    first = np.clip(first, 0, np.subtract(pair.shape, 1))
-    return np.stack([first, np.clip(last + 2, first + 1, pair.shape)], axis=1).astype(int)
+        return np.stack([first, np.clip(last + 2, first + 1, shape)], axis=1)
+    matrix, shift = pair.to_case(view)
+    middle, reach = matrix @ np.divide(pair.size, 2) + shift, np.abs(matrix) @ (np.subtract(pair.size, 1) / 2)
+    first, last = np.floor(middle - reach - 0.5), np.floor(middle + reach - 0.5)
+    first = np.clip(first, -1, np.maximum(shape - 2, 0))
+    enough = np.minimum(np.maximum(first, 0) + 2, shape)  # two voxels make a line
+    return np.stack([first, np.clip(last + 2, enough, shape + 1)], axis=1).astype(int)
 
 
 def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor, inside: Tensor) -> None:
@@ -56,6 +58,7 @@ def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor
     if pair.rotation is None:
         _rescale(x, box, pair, view, out)
     else:
+        _continue(x, box, pair.shape)
         _rotate(x, box, pair, view, out)
     if not whole:
         out.mul_(inside)
@@ -75,7 +78,8 @@ def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:
     values = _samples(voxels, box, pair)
     if values.size == 0:
         return 1.0
-    dark, median = np.quantile(values, (0.01, 0.5), axis=1)[..., None]
+    ranks = [values.shape[1] // 100, values.shape[1] // 2]  # np.quantile takes twice as long
+    dark, median = np.partition(values, ranks, axis=1)[:, ranks].T[..., None]
     air = (np.abs(values - dark) <= AIR_TOLERANCE) | (np.abs(values - median) <= 1e-4)
     return float(air.all(0).mean())
 
@@ -154,6 +158,16 @@ def _rescale(x: Tensor, box: np.ndarray, pair: Pair, view: int, out: Tensor) -> 
     weights.index_put_((lower, columns), 1 - part, accumulate=True)
     weights.index_put_((upper, columns), part, accumulate=True)
     torch.matmul(x, weights, out=out)
+
+
+def _continue(x: Tensor, box: np.ndarray, shape: tuple[int, int, int]) -> None:
+    """Fill the planes of ``box`` that lie one voxel outside the case: the line through the two outermost voxels goes on."""
+    for axis, (n, (begin, end)) in enumerate(zip(shape, box.tolist(), strict=True), start=1):
+        inner = min(n, 2)  # 1: nothing to draw a line through
+        if begin < 0:
+            x.select(axis, 0).copy_(2 * x.select(axis, 1) - x.select(axis, inner))
+        if end > n:
+            x.select(axis, -1).copy_(2 * x.select(axis, -2) - x.select(axis, -1 - inner))
 
 
 def _rotate(x: Tensor, box: np.ndarray, pair: Pair, view: int, out: Tensor) -> None:
