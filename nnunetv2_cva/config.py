@@ -242,13 +242,13 @@ def _check_ranges(c: CVAConfig) -> None:
     need("mask_ratio", 0 <= c.mask_ratio < 1, "0 <= mask_ratio < 1")
     need("roi_size", all(r >= 1 for r in c.roi_size), "three positive integers")
     need("betas", all(0 <= b < 1 for b in c.betas), "two numbers in [0, 1)")
-    for name in ("mask_block", "head_width", "predictor_width", "epochs", "iterations_per_epoch", "prefetch"):
+    for name in ("mask_block", "head_width", "predictor_width", "epochs", "iterations_per_epoch", "prefetch", "probe_cases"):
         need(name, getattr(c, name) >= 1, "a positive integer")
     for name in ("temperature", "learning_rate", "gradient_clip", "checkpoint_minutes"):
         need(name, getattr(c, name) > 0, "a positive number")
     for name in ("reconstruction_weight", "consistency_weight", "contrastive_weight", "weight_decay", "check_seconds"):
         need(name, getattr(c, name) >= 0, "a number >= 0")
-    for name in ("warmup_epochs", "seed", "probe_cases"):
+    for name in ("warmup_epochs", "seed"):
         need(name, getattr(c, name) >= 0, "an integer >= 0")
     need("teacher_momentum", 0 <= c.teacher_momentum <= 1, "0 <= teacher_momentum <= 1")
     need("momentum", 0 <= c.momentum < 1, "0 <= momentum < 1")

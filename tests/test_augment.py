@@ -12,9 +12,8 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from reads import Reads
 from scipy.ndimage import correlate1d
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.views import augment as module
@@ -334,25 +333,6 @@ def test_views_of_another_form_are_refused(views):
 
 
 # The device
-
-
-class Reads(TorchDispatchMode):
-    """Notes operations whose result, or the shape of it, has to be read back from the device."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        if name.startswith(self.NAMES):
-            self.found.append(name)
-        types_ = {getattr(leaf, "dtype", None) for leaf in tree_leaves(args)}
-        if name.startswith("index") and torch.bool in types_:
-            self.found.append(f"{name} by bool")
-        return function(*args, **(kwargs or {}))
 
 
 def test_the_check_for_reads_notices_them():

@@ -17,7 +17,8 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
-from projects import CONFIGURATION, NAME, make_project, make_trainer, train
+from projects import CONFIGURATION, NAME, make_project, make_trainer, plans, train
+from reads import Reads
 
 from nnunetv2_cva.config import CVAConfig
 
@@ -203,22 +204,12 @@ def test_best_alone_cannot_be_continued(finished):
         make_trainer(nnUNetTrainerCVA, resume=True)
 
 
-def test_a_failing_compilation_is_reported_once_and_given_up(project, monkeypatch, capsys):
-    def broken(module):
-        class Compiled(torch.nn.Module):
-            _orig_mod = module
-
-            def forward(self, *args):
-                raise RuntimeError("no compiler\nlong story")
-
-        return Compiled()
-
-    monkeypatch.setattr(torch, "compile", broken)
+def test_where_nnunet_compiles_both_branches_are_compiled(project, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(type(module).__name__) or module)
     monkeypatch.setattr(nnUNetTrainerCVA, "_do_i_compile", lambda self: True)
-    trainer = train(nnUNetTrainerCVA)
-    out = capsys.readouterr().out
-    assert out.count("Going on without torch.compile, which failed: no compiler (") == 1 and "long story" not in out
-    assert np.isfinite(trainer.history.epochs[-1]["total_loss"])
+    make_trainer(nnUNetTrainerCVA).on_train_start()
+    assert compiled == ["Student", "Teacher"]
 
 
 def test_predicting_with_a_pretraining_fails_with_one_sentence(finished, monkeypatch):
@@ -240,6 +231,7 @@ def test_predicting_with_a_pretraining_fails_with_one_sentence(finished, monkeyp
         ({"view": (16, 22, 16)}, CONFIGURATION, r"View 16x22x16 .* strides 4x4x4.*20 or 24"),
         ({"batch_size": 12}, CONFIGURATION, r"batch_size 12 .*only 11 training cases"),
         ({"view": (64, 64, 64)}, CONFIGURATION, r"11 of 11 cases|12 of 12 cases are too small"),
+        ({"cva": {"probe_cases": 0}}, CONFIGURATION, r"probe_cases: expected a positive integer, found 0"),
         ({"cva": {"epochs": 0}}, CONFIGURATION, r'"cva".: epochs|epochs: expected'),
     ],
 )
@@ -247,6 +239,12 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, monkeypatch
     make_project(tmp_path, monkeypatch, **options)
     with pytest.raises(ValueError, match=message):
         make_trainer(nnUNetTrainerCVA, configuration).on_train_start()
+
+
+def test_too_few_cases_for_a_numbered_fold_are_refused(tmp_path, monkeypatch):
+    make_project(tmp_path, monkeypatch, cases=4)
+    with pytest.raises(ValueError, match="Fold 0: expected at least 5 cases .* found 4 in .* Train on fold all"):
+        make_trainer(nnUNetTrainerCVA, fold=0).on_train_start()
 
 
 def test_missing_data_is_named(project):
@@ -259,13 +257,127 @@ def test_missing_data_is_named(project):
         make_trainer(nnUNetTrainerCVA).on_train_start()
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(project, monkeypatch):
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("loss", "The loss became nan in epoch 1. The last checkpoint is untouched"),
+        ("weights", "The weights are not finite after epoch 1. The last checkpoint is untouched"),
+    ],
+)
+def test_what_is_not_finite_stops_training_and_reaches_no_checkpoint(tmp_path, monkeypatch, spoil, message):
+    make_project(tmp_path, monkeypatch, cva={"epochs": 3, "checkpoint_minutes": 1e-9})
+    trainer = make_trainer(nnUNetTrainerCVA)
+    ordinary = trainer.train_step
+
+    def step(batch):
+        losses = ordinary(batch)
+        if batch["step"] == 3 and spoil == "loss":
+            return {**losses, "total": losses["total"] * torch.nan}
+        if batch["step"] == 3:  # the last one of the second epoch
+            with torch.no_grad():
+                next(trainer.student.parameters()).view(-1)[0] = torch.nan
+        return losses
+
+    trainer.train_step = step
+    with pytest.raises(RuntimeError, match=message):
+        trainer.run_training()
+    folder = Path(trainer.output_folder)
+    for file in folder.glob("*.pth"):
+        saved = torch.load(file, weights_only=True)["network_weights"]
+        assert all(value.isfinite().all() for value in saved.values()), file
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    assert make_trainer(nnUNetTrainerCVA, resume=True).current_epoch == 1
+
+
+@pytest.mark.parametrize("file", ["checkpoint_latest.pth", "checkpoint_best.pth"])
+def test_killed_while_a_checkpoint_of_the_first_epoch_is_written(project, monkeypatch, file):
+    """Whatever exists by then can be continued, or nothing exists and nnU-Net starts anew."""
+    trainer = make_trainer(nnUNetTrainerCVA)
+    save = trainer.save_checkpoint
+    trainer.save_checkpoint = lambda path: sys.exit() if path.endswith(file) else save(path)
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    again = make_trainer(nnUNetTrainerCVA, resume=True)
+    assert again.current_epoch == (1 if file == "checkpoint_best.pth" else 0)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_run(project, monkeypatch, capsys):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nnunetv2_cva.training.monitor.History.plot", full)
+    trainer = train(nnUNetTrainerCVA)
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
+    assert capsys.readouterr().out.count("WARNING: metrics.jsonl and progress.png could not be written") == 2
+
+
+def test_nnunets_switch_for_the_best_checkpoint_names_it_in_the_end(finished, capsys):
+    trainer = make_trainer(nnUNetTrainerCVA, resume=True)
+    trainer.load_checkpoint(str(finished / "checkpoint_best.pth"))  # as nnUNetv2_train --val_best does
+    trainer.perform_actual_validation()
+    assert f"-pretrained_weights {finished / 'checkpoint_best.pth'}" in capsys.readouterr().out
+
+
+def test_without_checkpoints_no_file_is_named(project, capsys):
+    trainer = make_trainer(nnUNetTrainerCVA)
+    trainer.disable_checkpointing = True
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    out = capsys.readouterr().out
+    assert "Nothing was saved (--disable_checkpointing)" in out and "-pretrained_weights" not in out
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 4}, "batch_size: 2 in the checkpoint, 4 now"),
+        ({"view": (20, 24, 20)}, r"patch_size: \[16, 24, 16\] in the checkpoint, \[20, 24, 20\] now"),
+        ({"kind": "plain"}, "architecture: .*ResidualEncoderUNet.* in the checkpoint, .*PlainConvUNet.* now"),
+    ],
+)
+def test_resuming_with_other_plans_names_them(finished, options, message):
+    file = Path(os.environ["nnUNet_preprocessed"]) / NAME / "nnUNetPlans.json"
+    file.write_text(json.dumps(plans(**options)))
+    with pytest.raises(ValueError, match=f"Cannot resume with other plans.*{message}"):
+        make_trainer(nnUNetTrainerCVA, resume=True)
+
+
+def test_the_log_says_which_checkpoint_is_continued(finished, monkeypatch, capsys):
+    monkeypatch.setenv(ENVIRONMENT, '{"epochs": 3}')
+    make_trainer(nnUNetTrainerCVA, resume=True).on_train_start()
+    out = capsys.readouterr().out
+    assert f"Resuming after 2 epochs: student, teacher, heads, optimizer as in {finished / 'checkpoint_final.pth'}, 20" in out
+
+
+def test_metrics_go_to_wandb_under_their_own_names(tmp_path, monkeypatch):
+    """nnU-Net's logger with a stand-in for the service."""
+    from types import SimpleNamespace
+
+    from nnunetv2.training.logging import nnunet_logger
+
+    logged, settings = [], {}
+    run = SimpleNamespace(log=lambda values, **_: logged.append(values), config=settings, summary={}, step=0)
+    monkeypatch.setattr(nnunet_logger, "wandb", SimpleNamespace(init=lambda **_: run), raising=False)
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    make_project(tmp_path, monkeypatch)
+    trainer = train(nnUNetTrainerCVA)
+    names = {name for values in logged for name in values}
+    assert {"total_loss", "consistency_loss", "retrieval", "feature_alignment", "effective_rank", "data_wait"} <= names
+    assert not any("dice" in name.lower() for name in names)
+    assert settings["cva"] == trainer.config.as_dict()
+
+
+def test_nothing_is_read_back_from_the_device_in_a_step(project):
     trainer = make_trainer(nnUNetTrainerCVA)
     trainer.on_train_start()
-    outputs = [{"total": torch.tensor(float("nan")), "overlap": torch.tensor(0.5)}]
     trainer.on_epoch_start()
-    with pytest.raises(RuntimeError, match="The loss became nan in epoch 0. The last checkpoint is untouched"):
-        trainer.on_train_epoch_end(outputs)
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    batch = next(trainer.dataloader_train)
+    with Reads() as reads:
+        trainer.train_step(batch)
+    assert reads.found == []
 
 
 def test_the_recipe_is_the_papers_default():

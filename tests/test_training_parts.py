@@ -11,6 +11,7 @@ from projects import VIEW, make_project, make_trainer
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
 from nnunetv2_cva.training import checkpoint, report
+from nnunetv2_cva.training.data import evenly
 from nnunetv2_cva.training.device import Share, autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History, collapse_metrics, pair_metrics, standardised
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
@@ -154,10 +155,37 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left.*the previous file is unchanged.*--c"):
+    with pytest.raises(OSError, match="No space left.*checkpoint_latest.pth is untouched.*--c"):
         checkpoint.save({"cva": 2}, path)
     assert checkpoint.load(path) == {"cva": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_where_nothing_was_saved_yet_a_failed_write_does_not_advise_to_continue(tmp_path, monkeypatch):
+    def full(obj, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    (tmp_path / checkpoint.BEST).write_bytes(b"cannot be continued")
+    with pytest.raises(OSError, match=r"Could not write .*latest.pth.*GB are free there; make room, then start again\.$"):
+        checkpoint.save({"cva": 1}, tmp_path / checkpoint.LATEST)
+
+
+def test_an_error_of_the_device_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def assert_on_device(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(checkpoint, "_on_cpu", assert_on_device)
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        checkpoint.save({"cva": 1}, tmp_path / "c.pth")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / checkpoint.LATEST
+    checkpoint.save({"cva": {}, "network_weights": {"a": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="checkpoint_latest.pth cannot be read as a checkpoint .truncated"):
+        checkpoint.load(path)
 
 
 def test_a_stranger_is_not_resumed(tmp_path):
@@ -177,6 +205,12 @@ def test_the_newer_of_final_and_latest_is_taken(tmp_path):
     assert checkpoint.newest(final) == latest
     os.utime(latest, (0, 0))
     assert checkpoint.newest(final) == final
+
+
+def test_probe_cases_are_spread_over_the_list():
+    keys = [f"{dataset}__{n}" for dataset in "ab" for n in range(10)]
+    assert evenly(keys, 4) == ["a__0", "a__6", "b__2", "b__9"]
+    assert evenly(keys[:3], 8) == keys[:3]
 
 
 @pytest.mark.parametrize(

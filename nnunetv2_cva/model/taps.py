@@ -142,4 +142,4 @@ def _triple(value: Any) -> tuple[int, int, int]:
 
 def image_vector(maps: Iterable[torch.Tensor]) -> torch.Tensor:
     """(N, sum of C) float32: the mean of every map over the whole view, concatenated (paper, contrastive branch of U-Nets)."""
-    return torch.cat([m.float().mean(dim=(2, 3, 4)) for m in maps], dim=1)
+    return torch.cat([m.mean(dim=(2, 3, 4), dtype=torch.float32) for m in maps], dim=1)

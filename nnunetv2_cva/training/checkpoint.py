@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_cva.model.branches import Student, Teacher
+from nnunetv2_cva.transfer.opening import opened
+
+# Of a configuration: with another value of these it is another run.
+DECISIVE = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture")
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything of a run that has a state. ``heads``: what is trained and not nnU-Net's network, by name."""
+    """Everything of a run that has a state. ``network``: nnU-Net's, which the student's backbone holds."""
 
     network: nn.Module
-    heads: dict[str, nn.Module]
-    teacher: nn.Module | None
+    student: Student
+    teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
 
@@ -30,14 +36,14 @@ class Run:
         if whole:
             content["optimizer_state"] = self.optimizer.state_dict()
             content["grad_scaler_state"] = self.scaler.state_dict() if self.scaler else None
-            content["cva"]["heads"] = {name: module.state_dict() for name, module in self.heads.items()}
+            content["cva"]["heads"] = {name: module.state_dict() for name, module in self.student.heads().items()}
             content["cva"]["teacher"] = self.teacher.state_dict() if self.teacher is not None else None
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
         """The states of a whole checkpoint."""
         self.network.load_state_dict(content["network_weights"])
-        for name, module in self.heads.items():
+        for name, module in self.student.heads().items():
             module.load_state_dict(content["cva"]["heads"][name])
         if self.teacher is not None:
             self.teacher.load_state_dict(content["cva"]["teacher"])
@@ -54,28 +60,28 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    content = _on_cpu(checkpoint, {})
     try:
         with open(partial, "wb") as f:
-            torch.save(_on_cpu(checkpoint, {}), f)
+            torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**30
-        kept = "the previous file is unchanged" if path.exists() else "no earlier file exists"
-        raise OSError(
-            f"Could not write {path}: {e}. {free:.1f} GB are free there; {kept}. Make room, then continue with --c."
-        ) from e
+        earlier = [name for name in (FINAL, LATEST) if (path.parent / name).is_file()]
+        advice = f"{earlier[0]} is untouched: make room, then continue with --c" if earlier else "make room, then start again"
+        raise OSError(f"Could not write {path}: {e}. {free:.2f} GB are free there; {advice}.") from e
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """The checkpoint, on the CPU. Opened with ``weights_only=True``: nothing in the file is executed.
 
     Raises:
-        ValueError: no checkpoint of a trainer of this package.
+        ValueError: damaged, or no checkpoint of a trainer of this package.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = opened(path, mapped=False)
     if "cva" not in checkpoint:
         raise ValueError(
             f"{path} is not a checkpoint of a pretraining trainer (no entry 'cva'). Weights of other trainers are a start, not "
@@ -96,6 +102,22 @@ def load_whole(path: str | Path) -> dict[str, Any]:
             f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."
         )
     return content
+
+
+def check_plans(saved: dict[str, Any], now: dict[str, Any], configuration: str) -> None:
+    """That a run goes on with the plans it began with, as far as they decide about it.
+
+    Raises:
+        ValueError: something differs; names it with both values.
+    """
+    before, after = (PlansManager(plans).get_configuration(configuration).configuration for plans in (saved, now))
+    changed = [k for k in DECISIVE if before.get(k) != after.get(k)]
+    if changed:
+        listing = "; ".join(f"{k}: {before.get(k)} in the checkpoint, {after.get(k)} now" for k in changed)
+        raise ValueError(
+            f"Cannot resume with other plans than the checkpoint's ({listing}). Restore configuration {configuration} in the "
+            "plans file, or start a new training without --c."
+        )
 
 
 def newest(path: str | Path) -> Path:

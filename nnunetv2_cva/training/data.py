@@ -49,6 +49,11 @@ class IndexedDataset(nnUNetDatasetBlosc2):
         return [str(key) for key in open_cases(folder).keys]
 
 
+def evenly(keys: list[str], count: int) -> list[str]:
+    """``count`` of the keys, evenly spread over the list: of several datasets not all from the first."""
+    return [keys[i] for i in np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(int)]
+
+
 class TrainingData:
     """Batches of training cases and the fixed probe pairs.
 
@@ -78,10 +83,10 @@ class TrainingData:
         self.training = training
         self._check(channels)
         if probes:
-            self.probes = sorted(probes)[: config.probe_cases]
+            self.probes = evenly(sorted(probes), config.probe_cases)
             say(f"Probe pairs come from {len(self.probes)} cases that are not trained on: {', '.join(self.probes)}.")
         else:
-            self.probes = sorted(training)[: config.probe_cases]
+            self.probes = evenly(sorted(training), config.probe_cases)
             say(f"Too few cases to keep any back: the probe pairs come from {len(self.probes)} training cases.")
 
     def _check(self, channels: int) -> None:

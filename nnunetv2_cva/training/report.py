@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,9 +61,10 @@ def closing(
             f"{name} has patch_size {_by(size)} and this network a position for every token of {_by(view)}: give it this "
             "patch_size, or adapt the weights with nnUNetv2_cva export.\n"
         )
+    trainer = "" if backbone is nnUNetTrainer else f" -tr {backbone.__name__}"
     return (
         f"Fine-tune with nnU-Net itself, on a dataset that has these plans:\nnnUNetv2_train DATASET {name} FOLD -p "
-        f"{plans['plans_name']}{'' if backbone is nnUNetTrainer else f' -tr {backbone.__name__}'} -pretrained_weights {weights}\n"
+        f"{plans['plans_name']}{trainer} -pretrained_weights {shlex.quote(weights)}\n"
         f"{note}For a dataset with other plans, make a file that fits with nnUNetv2_cva export."
     )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p, save_json
@@ -25,13 +24,13 @@ from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import report
-from nnunetv2_cva.training.compiled import Compiled
-from nnunetv2_cva.training.data import IndexedDataset, TrainingData, open_cases
+from nnunetv2_cva.training.data import IndexedDataset, TrainingData, evenly, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History
-from nnunetv2_cva.training.objective import objective, prepare
+from nnunetv2_cva.training.objective import prepare
 from nnunetv2_cva.training.probe import criterion, score
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
+from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.transfer.start import start_from
 
 PROGRESS_SECONDS = 60.0
@@ -66,7 +65,9 @@ class CVATrainer(nnUNetTrainer):
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.autocast_dtype == torch.float16 else None
         self.history = History(self.output_folder)
         self.teacher: Teacher | None = None
+        self._to_fine_tune = checkpoints.FINAL
         self._resumed: dict[str, Any] | None = None
+        self._resumed_from = ""
 
     def _check_plans(self) -> None:
         """Refuse, before anything is built, what cannot be pretrained on."""
@@ -137,7 +138,10 @@ class CVATrainer(nnUNetTrainer):
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
-        self._forward = self._wrapped(self.student)
+        self.logger.update_config({"cva": self.config.as_dict()})
+        self._step = TrainingStep(
+            self._run(), self._wrapped(self.student), self.config, self._autocast, self._do_i_compile(), self.print_to_log_file
+        )
         its = self.num_iterations_per_epoch
         self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
         self._resumed = None
@@ -160,7 +164,7 @@ class CVATrainer(nnUNetTrainer):
             if self.teacher is not None:
                 self.teacher.load_state_dict(self._resumed["cva"]["teacher"])
             self.print_to_log_file(
-                f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as saved."
+                f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as in {self._resumed_from}."
             )
         elif _checksum(self.network) != self._built:
             start = "the teacher starts as a copy of them, the heads are new" if self.teacher else "there is no teacher"
@@ -183,13 +187,23 @@ class CVATrainer(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the probe pairs."""
+        self._check_fold()
         training, held_back = super().do_split()
         if self.fold != "all":
             return sorted(training), sorted(held_back)
         ordered = sorted(training)
-        count = min(self.config.probe_cases, len(ordered) // 10)
-        probes = [ordered[i] for i in np.linspace(0, len(ordered) - 1, count).astype(int)]
+        probes = evenly(ordered, min(self.config.probe_cases, len(ordered) // 10))
         return [k for k in ordered if k not in set(probes)], probes
+
+    def _check_fold(self) -> None:
+        """nnU-Net cuts the cases into five parts when a numbered fold is asked for and no splits are there."""
+        splits = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        if self.fold != "all" and not isfile(splits) and cases < 5:
+            raise ValueError(
+                f"Fold {self.fold}: expected at least 5 cases to make nnU-Net's five folds of, found {cases} in "
+                f"{self.preprocessed_dataset_folder}. Train on fold all."
+            )
 
     def _write_folder(self) -> None:
         """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
@@ -202,10 +216,8 @@ class CVATrainer(nnUNetTrainer):
             shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
         self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
 
-    def _wrapped(self, module: nn.Module) -> Callable[..., dict[str, Tensor]]:
-        if self.is_ddp:
-            module = nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank])
-        return Compiled(module, self.print_to_log_file) if self._do_i_compile() else module
+    def _wrapped(self, module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank]) if self.is_ddp else module
 
     # ---- one epoch
 
@@ -225,32 +237,9 @@ class CVATrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         block = self.student.backbone.block
         ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            student = self._forward(ready.visible, ready.mask, ready.rois)
-            teacher = self.teacher(ready.views, ready.rois) if self.teacher is not None else {}
-        losses = objective(student, teacher, ready, self.config)
-        if self._update(losses["total"]) and self.teacher is not None:
-            self.teacher.follow(self.student, self.config.teacher_momentum)
+        losses = self._step(ready)
         self._show_progress()
-        return {**{name: loss.detach() for name, loss in losses.items()}, "overlap": batch["overlap"].mean()}
-
-    def _update(self, total: Tensor) -> bool:
-        """Backward, clip, step. False when the loss scaler skipped the step."""
-        scaler = self.grad_scaler
-        parameters = self.optimizer.param_groups[0]["params"]
-        if scaler is None:
-            total.backward()
-            nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
-            self.optimizer.step()
-            return True
-        before = scaler.get_scale()
-        scaler.scale(total).backward()
-        scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
-        scaler.step(self.optimizer)
-        scaler.update()
-        return scaler.get_scale() >= before
+        return {**losses, "overlap": batch["overlap"].mean()}
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
@@ -268,9 +257,11 @@ class CVATrainer(nnUNetTrainer):
         if self.is_ddp:
             for value in means.values():
                 dist.all_reduce(value, dist.ReduceOp.AVG)
-        if not torch.isfinite(means["total"]):
+        finite = bool(torch.isfinite(means["total"]))
+        if not (finite and all_finite(self.student)):  # the last step of an epoch may spoil the weights without showing in a loss
+            what = "weights are not finite after" if finite else f"loss became {means['total'].item()} in"
             raise RuntimeError(
-                f"The loss became {means['total'].item()} in epoch {self.current_epoch}. The last checkpoint is untouched: "
+                f"The {what} epoch {self.current_epoch}. The last checkpoint is untouched: "
                 "continue from it with --c and precision fp32, or start again with a lower learning_rate."
             )
         overlap = means.pop("overlap").item()
@@ -296,18 +287,25 @@ class CVATrainer(nnUNetTrainer):
         improved = not earlier or sign * self.record[key] > max(earlier)
         self.record["seconds"] = monotonic() - self._began
         self.history.epochs.append(self.record)
+        self._save(improved)
         if self.local_rank == 0:
             self._report(f"best so far: {key}" if improved else "")
-            self.history.write()
-            self.history.plot()
-        if improved:
-            self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
+            try:
+                self.history.write()
+                self.history.plot()
+            except OSError as e:  # a picture is not worth a run
+                self.print_to_log_file(f"WARNING: metrics.jsonl and progress.png could not be written ({e}).")
+        self.current_epoch += 1
+
+    def _save(self, improved: bool) -> None:
+        """Latest, where it is time, and best. Latest first: best alone cannot be continued."""
         age = monotonic() - self._saved_at + self.record["seconds"]
         last = self.current_epoch == self.num_epochs - 1
         if not last and (self.current_epoch == 0 or age > 60 * self.config.checkpoint_minutes):
             self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
             self._saved_at = monotonic()
-        self.current_epoch += 1
+        if improved:
+            self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
 
     def _report(self, note: str) -> None:
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
@@ -335,7 +333,10 @@ class CVATrainer(nnUNetTrainer):
         if self.history.epochs:
             last = {k: round(v, 4) for k, v in self.history.epochs[-1].items()}
             self.print_to_log_file(f"Metrics of the last epoch: {last}")
-        weights = join(self.output_folder, checkpoints.FINAL)
+        if self.disable_checkpointing:
+            self.print_to_log_file("Nothing was saved (--disable_checkpointing): there are no weights to fine-tune from.")
+            return
+        weights = join(self.output_folder, self._to_fine_tune)
         plans, name = self.plans_manager.plans, self.configuration_name
         self.print_to_log_file(report.closing(plans, name, self.student, self.backbone_trainer, weights))
 
@@ -364,20 +365,29 @@ class CVATrainer(nnUNetTrainer):
         checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for."""
-        content = checkpoints.load_whole(checkpoints.newest(filename_or_checkpoint))
+        """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for.
+
+        Asked for best where there is a final one (``--val_best``): best's weights are what the closing command names.
+        """
+        folder = os.path.dirname(filename_or_checkpoint)
+        if os.path.basename(filename_or_checkpoint) == checkpoints.BEST and isfile(join(folder, checkpoints.FINAL)):
+            self._to_fine_tune = checkpoints.BEST
+            return
+        path = checkpoints.newest(filename_or_checkpoint)
+        content = checkpoints.load_whole(path)
         self.config = check_resumable(content["cva"]["config"], self.config)
+        checkpoints.check_plans(content["init_args"]["plans"], self.plans_manager.plans, self.configuration_name)
         if not self.was_initialized:
             self.initialize()
         self._run().restore(content)
         self.current_epoch = content["current_epoch"]
         self.history.epochs = list(content["cva"]["history"])
-        self._resumed = content
+        self._resumed, self._resumed_from = content, f"{path}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
 
     def _run(self) -> checkpoints.Run:
-        return checkpoints.Run(self.network, self.student.heads(), self.teacher, self.optimizer, self.grad_scaler)
+        return checkpoints.Run(self.network, self.student, self.teacher, self.optimizer, self.grad_scaler)
 
 
 def _checksum(network: nn.Module) -> float:
     """Tells whether somebody has loaded other weights."""
-    return sum(p.detach().double().abs().sum().item() for p in network.parameters())
+    return sum(p.detach().cpu().double().abs().sum().item() for p in network.parameters())  # not every device has float64

@@ -6,7 +6,6 @@ import importlib
 import pickle
 import re
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 
 
-def opened(path: str | Path, trust: bool = False) -> dict[str, Any]:
+def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU. NumPy scalars, which nnU-Net's own checkpoints hold, are allowed.
+
+    ``mapped``: tensors are read from the file when they are used; not where the file may be replaced before.
 
     Raises:
         ValueError: missing, truncated, no checkpoint, or it needs code to be executed and is not trusted.
@@ -24,7 +25,7 @@ def opened(path: str | Path, trust: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
-        content = _load(path, trust)
+        content = _load(path, trust, mapped)
     except pickle.UnpicklingError as e:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
         if wanted is None:
@@ -43,12 +44,11 @@ def opened(path: str | Path, trust: bool = False) -> dict[str, Any]:
     return content
 
 
-def _load(path: Path, trust: bool) -> Any:
-    options: dict[str, Any] = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
+def _load(path: Path, trust: bool, mapped: bool) -> Any:
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": mapped and zipfile.is_zipfile(path)}
     if trust:
         return torch.load(path, weights_only=False, **options)
-    allow = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5; before it, such files need --trust
-    with allow(_numpy_scalars()) if allow is not None else nullcontext():
+    with torch.serialization.safe_globals(_numpy_scalars()):
         return torch.load(path, weights_only=True, **options)
 
 

@@ -1,0 +1,104 @@
+"""One training step: both branches, losses, gradients, optimizer, teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.training.checkpoint import Run
+from nnunetv2_cva.training.objective import Prepared, objective
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """The student and, where a loss reads it, the teacher, as they are called."""
+
+    student: Callable[..., dict[str, Tensor]]
+    teacher: Callable[..., dict[str, Tensor]] | None
+
+    def compiled(self) -> _Branches:
+        return _Branches(torch.compile(self.student), None if self.teacher is None else torch.compile(self.teacher))
+
+
+class TrainingStep:
+    """Trains what ``run`` holds on one prepared batch after the other.
+
+    ``student``: the run's student as it is called, wrapped where there are several GPUs. ``compiled``: both branches under
+    ``torch.compile``. When the first step fails with it, forward or backward, ``say`` gets one line and the step is done again
+    without; running out of GPU memory is not the compiler's fault and is raised.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        student: nn.Module,
+        config: CVAConfig,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        compiled: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.run, self.config, self.autocast, self.say = run, config, autocast, say
+        self._plain = _Branches(student, run.teacher)
+        self._branches = self._plain.compiled() if compiled else self._plain
+        self._unproven = compiled
+        self._scale = 0.0 if run.scaler is None else run.scaler.get_scale()  # asking again waits for the device
+
+    def __call__(self, batch: Prepared) -> dict[str, Tensor]:
+        """Every loss of the recipe and their ``total``, detached; the student and, unless the loss scaler skipped the step, the
+        teacher have moved on."""
+        losses = self._first_gradients(batch) if self._unproven else self._gradients(batch)
+        if self._update() and self.run.teacher is not None:
+            self.run.teacher.follow(self.run.student, self.config.teacher_momentum)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _gradients(self, batch: Prepared) -> dict[str, Tensor]:
+        self.run.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            # The teacher first: it keeps nothing for a backward pass, so its peak does not add to the student's.
+            teacher = {} if self._branches.teacher is None else self._branches.teacher(batch.views, batch.rois)
+            student = self._branches.student(batch.visible, batch.mask, batch.rois)
+        losses = objective(student, teacher, batch, self.config)
+        scaler = self.run.scaler
+        (losses["total"] if scaler is None else scaler.scale(losses["total"])).backward()
+        return losses
+
+    def _first_gradients(self, batch: Prepared) -> dict[str, Tensor]:
+        self._unproven = False
+        try:
+            return self._gradients(batch)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:
+            self._branches = self._plain
+            losses = self._gradients(batch)  # fails in the same way when compiling was not to blame
+            e = getattr(e, "inner_exception", e)  # torch wraps what a backend raises
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            self.say(f"Going on without torch.compile, which failed: {reason} (nnUNet_compile=0 switches it off)")
+            return losses
+
+    def _update(self) -> bool:
+        """Clip and step. False when the loss scaler skipped the step, because a gradient was not finite."""
+        optimizer, scaler = self.run.optimizer, self.run.scaler
+        parameters = optimizer.param_groups[0]["params"]
+        if scaler is None:
+            nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            optimizer.step()
+            return True
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        before, self._scale = self._scale, scaler.get_scale()
+        return self._scale >= before
+
+
+@torch.no_grad()
+def all_finite(module: nn.Module) -> bool:
+    """Whether every parameter is a finite number. Waits for the device once."""
+    norms = torch._foreach_norm([p for p in module.parameters()])
+    return bool(torch.stack([n.float() for n in norms]).isfinite().all())

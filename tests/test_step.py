@@ -1,0 +1,132 @@
+"""One training step: gradients, scaler, teacher, and a compilation that may fail."""
+
+import numpy as np
+import pytest
+import torch
+from networks import unet
+from torch._dynamo.backends.common import aot_autograd
+
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.training.checkpoint import Run
+from nnunetv2_cva.training.objective import prepare
+from nnunetv2_cva.training.schedule import make_optimizer
+from nnunetv2_cva.training.step import TrainingStep, all_finite
+
+SIZE = (16, 24, 20)
+CONFIG = CVAConfig(head_width=16, predictor_width=8, roi_size=(2, 3, 2), mask_block=8, learning_rate=0.1)
+
+
+def make_run(scaler=None):
+    torch.manual_seed(0)
+    network = unet()
+    student = Student(make_backbone(network, CONFIG), CONFIG)
+    return Run(network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, torch.device("cpu")), scaler)
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randn(4, 1, *SIZE, generator=generator)
+    rois = torch.tensor([[[0.2, 0.0, 0.1], [1.0, 0.9, 0.8]]] * 2 + [[[0.0, 0.1, 0.2], [0.8, 1.0, 0.9]]] * 2)
+    loaded = {"views": views, "rois": rois, "inside": torch.ones(4, 1, *SIZE, dtype=torch.bool)}
+    return prepare(loaded, CONFIG, (8, 8, 8), torch.device("cpu"), seed, 0, 0)
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_student_and_teacher_move_and_the_teacher_by_the_momentum():
+    run = make_run()
+    student, teacher = weights(run.student), weights(run.teacher)
+    losses = TrainingStep(run, run.student, CONFIG)(batch())
+    assert set(losses) == {"reconstruction", "consistency", "contrastive", "total"}
+    assert not any(loss.requires_grad for loss in losses.values())
+    assert any(not torch.equal(a, b) for a, b in zip(student, run.student.parameters()))
+    before = teacher[0]
+    after, followed = next(run.teacher.parameters()), next(iter(run.student.backbone.averaged().values()))
+    expected = CONFIG.teacher_momentum * before + (1 - CONFIG.teacher_momentum) * next(followed.parameters())
+    torch.testing.assert_close(after, expected)
+
+
+def test_a_step_that_the_scaler_skips_moves_nobody():
+    run = make_run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    step = TrainingStep(run, run.student, CONFIG)
+    spoil = next(run.student.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    student, teacher, scale = weights(run.student), weights(run.teacher), run.scaler.get_scale()
+    step(batch())
+    assert all(map(torch.equal, student, run.student.parameters()))
+    assert all(map(torch.equal, teacher, run.teacher.parameters()))
+    assert run.scaler.get_scale() == scale / 2
+    spoil.remove()
+    step(batch(1))
+    assert not all(map(torch.equal, student, run.student.parameters()))
+    assert not all(map(torch.equal, teacher, run.teacher.parameters()))
+    assert all_finite(run.student)
+
+
+def test_the_scaler_changes_no_weights_but_by_rounding():
+    plain, scaled = make_run(), make_run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    for run in (plain, scaled):
+        TrainingStep(run, run.student, CONFIG)(batch())
+    for a, b in zip(plain.student.parameters(), scaled.student.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def failing(direction):
+    """A backend that compiles forward or backward, whichever is not to fail."""
+
+    def refuse(graph, inputs):
+        raise RuntimeError(f"no compiler for {direction}\nlong story")
+
+    return aot_autograd(
+        fw_compiler=refuse if direction == "forward" else lambda graph, inputs: graph.forward,
+        bw_compiler=refuse if direction == "backward" else lambda graph, inputs: graph.forward,
+    )
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_compilation_that_fails_is_said_once_and_the_step_done_without(direction, monkeypatch):
+    eager = make_run()
+    expected = [TrainingStep(eager, eager.student, CONFIG)(batch(n))["total"] for n in range(2)]
+    compile_, said = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend=failing(direction)))
+    run = make_run()
+    step = TrainingStep(run, run.student, CONFIG, compiled=True, say=said.append)
+    found = [step(batch(n))["total"] for n in range(2)]
+    assert len(said) == 1 and said[0].startswith("Going on without torch.compile, which failed: ")
+    assert f"no compiler for {direction}" in said[0] and "long story" not in said[0]
+    torch.testing.assert_close(found, expected)
+    assert all(map(torch.equal, weights(run.student), weights(eager.student)))
+
+
+def test_compiled_branches_train_the_same(monkeypatch):
+    compile_, said = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager", fullgraph=True))
+    eager, compiled = make_run(), make_run()
+    steps = [
+        TrainingStep(eager, eager.student, CONFIG),
+        TrainingStep(compiled, compiled.student, CONFIG, compiled=True, say=said.append),
+    ]
+    for n in range(3):
+        first, second = (step(batch(n)) for step in steps)
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert said == []
+
+
+def test_what_compiling_is_not_to_blame_for_is_raised(monkeypatch):
+    run = make_run()
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    step = TrainingStep(run, run.student, CONFIG, compiled=True, say=lambda line: pytest.fail(line))
+    run.student.predictor.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken layer")))
+    with pytest.raises(RuntimeError, match="broken layer"):
+        step(batch())
+
+
+def test_weights_that_are_not_finite_are_seen():
+    run = make_run()
+    assert all_finite(run.student)
+    for bad in (np.nan, np.inf):
+        with torch.no_grad():
+            next(run.student.parameters()).view(-1)[0] = bad
+        assert not all_finite(run.student)
