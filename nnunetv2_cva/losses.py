@@ -11,13 +11,16 @@ teacher's *other* view.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from nnunetv2_cva.distributed import gather, items_per_rank, several_ranks, this_rank
 
 # Similarities that are held at once, per pair of branches: 32 MB of float32.
 _BLOCK = 2**23
@@ -46,15 +49,19 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, voxel_mask: Tensor |
 
 
 def consistency_loss(
-    objective: Literal["cosine", "nt_xent", "gram"], student: Tensor, teacher: Tensor, temperature: float
+    objective: Literal["cosine", "nt_xent", "gram"],
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    cases: Sequence[int] | None = None,
 ) -> Tensor:
-    """The consistency loss of that name (``CVAConfig.consistency``) on bins (2, B, R, D)."""
+    """The consistency loss of that name (``CVAConfig.consistency``) on bins (2, B, R, D). ``cases``: see ``nt_xent``."""
     if objective == "cosine":
         return consistency_cosine(student, teacher)
     if objective == "gram":
         return consistency_gram(student, teacher)
     assert objective == "nt_xent"
-    return nt_xent_bins(student, teacher, temperature)
+    return nt_xent_bins(student, teacher, temperature, cases)
 
 
 def consistency_cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -89,42 +96,45 @@ def consistency_gram(student: Tensor, teacher: Tensor) -> Tensor:
         return _mean(squares.sum() / (2 * width**2), ours.shape[:2].numel())
 
 
-def nt_xent(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def nt_xent(student: Tensor, teacher: Tensor, temperature: float, cases: Sequence[int] | None = None) -> Tensor:
     """NT-Xent of image vectors (2, B, D), over the cases of all ranks (paper, contrastive loss; DESIGN, section 1).
 
     All 4B L2-normalised vectors are anchors. Positive: the other branch's vector of the other view of the case. The
     case's two remaining vectors are left out; negatives are the vectors of all other cases. Cross-entropy over
     temperature, mean over anchors.
 
+    ``cases``: how many every rank holds; None: they are asked, which waits for the device.
+
     Raises:
         ValueError: fewer than 2 cases over all ranks.
     """
     _check_pair("nt_xent", student, teacher, 3)
-    return _contrast(student, teacher, temperature, "nt_xent: expected at least 2 cases")
+    return _contrast(student, teacher, temperature, cases, "nt_xent: expected at least 2 cases")
 
 
-def nt_xent_bins(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def nt_xent_bins(student: Tensor, teacher: Tensor, temperature: float, cases: Sequence[int] | None = None) -> Tensor:
     """C-CVA: ``nt_xent`` with (case, bin) in the place of the case; bins (2, B, R, D). Every other bin is a negative.
 
     Raises:
         ValueError: fewer than 2 bins over all cases and ranks.
     """
     _check_pair("nt_xent_bins", student, teacher, 4)
+    items = None if cases is None else [n * student.shape[2] for n in cases]
     student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
-    return _contrast(student, teacher, temperature, "nt_xent_bins: expected at least 2 bins")
+    return _contrast(student, teacher, temperature, items, "nt_xent_bins: expected at least 2 bins")
 
 
-def _contrast(student: Tensor, teacher: Tensor, temperature: float, expected: str) -> Tensor:
+def _contrast(student: Tensor, teacher: Tensor, temperature: float, per_rank: Sequence[int] | None, expected: str) -> Tensor:
     """NT-Xent of M items (2, M, D), see ``nt_xent``."""
     with torch.autocast(student.device.type, enabled=False):
         ours, theirs = _directions(student), _directions(teacher.detach())
-        counts, rank = _items_per_rank(ours)
+        counts = items_per_rank(ours.shape[1], ours.device) if per_rank is None else tuple(per_rank)
+        rank = this_rank()
+        assert counts[rank] == ours.shape[1]
         if sum(counts) < 2:
             raise ValueError(f"{expected} over all ranks, found {sum(counts)}: there is nothing to contrast with.")
         # Kept apart, so that no gradient is computed for the teacher's vectors.
-        candidates = [ours, theirs]
-        if len(counts) > 1:
-            candidates = [_Gather.apply(vectors, counts, rank) for vectors in candidates]
+        candidates = [gather(vectors, counts) for vectors in (ours, theirs)]
         start = sum(counts[:rank])
         losses = []
         for anchors, others in ((ours, theirs), (theirs, ours)):
@@ -160,45 +170,10 @@ def _mean(total: Tensor, count: Tensor | int) -> Tensor:
     """This rank's share of the mean: ``total`` and ``count`` of its own items; 0 where no rank has any."""
     counts = total.detach().new_zeros(()) + count
     ranks = 1
-    if _several_ranks():
+    if several_ranks():
         ranks = dist.get_world_size()
         dist.all_reduce(counts)
     return total * (ranks / counts.clamp(min=1))
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _items_per_rank(vectors: Tensor) -> tuple[list[int], int]:
-    """How many items (axis 1) every rank holds, and which rank this is."""
-    if not _several_ranks():
-        return [vectors.shape[1]], 0
-    mine = torch.tensor([vectors.shape[1]], device=vectors.device)
-    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, mine)
-    return torch.cat(counts).tolist(), dist.get_rank()
-
-
-class _Gather(torch.autograd.Function):
-    """(2, M, D) of every rank to (2, T, D) of all, in rank order. Gradients of all ranks sum up in the vector's own.
-
-    As a sum of zero-padded tensors, since gathering different lengths is not offered by every backend.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, counts: list[int], rank: int) -> Tensor:
-        ctx.place = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        everything = mine.new_zeros(2, sum(counts), mine.shape[2])
-        everything[:, ctx.place] = mine
-        dist.all_reduce(everything)
-        return everything
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[:, ctx.place], None, None
 
 
 def _check_pair(name: str, student: Tensor, teacher: Tensor, axes: int) -> None:

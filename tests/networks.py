@@ -12,15 +12,16 @@ from torch import nn
 
 
 def unet(
-    kind="residual", channels=1, classes=1, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernels=None, seed=0, features=6
-):
+    kind="residual", channels=1, classes=1, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernels=None, seed=0, features=6,
+    norm=nn.InstanceNorm3d,
+):  # fmt: skip
     """A U-Net as nnU-Net builds it, every norm with weight 1 so that all paths count."""
     torch.manual_seed(seed)
     n = len(strides)
     common = dict(
         input_channels=channels, n_stages=n, features_per_stage=[features * (i + 1) for i in range(n)], conv_op=nn.Conv3d,
         kernel_sizes=[list(k) for k in kernels or [(3, 3, 3)] * n], strides=[list(s) for s in strides], num_classes=classes,
-        n_conv_per_stage_decoder=[1] * (n - 1), conv_bias=True, norm_op=nn.InstanceNorm3d,
+        n_conv_per_stage_decoder=[1] * (n - 1), conv_bias=True, norm_op=norm,
         norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
     )  # fmt: skip
     if kind == "residual":

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
-    {"config", "seeding"},
+    {"config", "distributed", "seeding"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
     {"training"},
@@ -17,7 +17,7 @@ LAYERS = (
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-WITHOUT_NNUNET = {"config", "seeding", "views", "model", "losses"}
+WITHOUT_NNUNET = {"config", "distributed", "seeding", "views", "model", "losses"}
 
 
 def sources(*folders):

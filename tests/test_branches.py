@@ -104,6 +104,21 @@ def test_momentum_zero_makes_the_teacher_the_student():
     assert torch.equal(next(teacher.projector.parameters()), next(pupil.projector.parameters()))
 
 
+def test_running_statistics_of_a_backbone_follow_too():
+    """The published code's teacher normalises with statistics that nobody updates."""
+    pupil = Student(make_backbone(unet("plain", norm=nn.BatchNorm3d), SMALL), SMALL)
+    teacher = Teacher(pupil).eval()
+    views, rois = batch()
+    for _ in range(3):
+        pupil.train()(views + 5, None, rois)
+        teacher.follow(pupil, 0.0)
+    mine, theirs = (dict(m.named_buffers()) for m in (teacher.encoder["encoder"], pupil.backbone.network.encoder))
+    followed = [name for name in mine if "running" in name]
+    assert followed and all(torch.equal(mine[name], theirs[name]) for name in followed)
+    maps, image = pupil.eval().backbone.encode(pupil.backbone.averaged(), views)
+    torch.testing.assert_close(teacher(views, rois)["image"], pupil.projector(image))
+
+
 def test_features_do_not_depend_on_train_or_eval():
     pupil = student()
     views, rois = batch()

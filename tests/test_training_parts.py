@@ -65,7 +65,8 @@ def test_precision_is_float32_away_from_cuda():
 
 
 def test_one_process_owns_the_whole_step():
-    assert share_of_rank(5) == Share(5, 0, 5)
+    assert share_of_rank(5) == Share((5,))
+    assert (Share((5,)).total, Share((5,)).begin, Share((5,)).end) == (5, 0, 5)
 
 
 def test_ranks_share_the_cases_without_gaps(monkeypatch):
@@ -75,7 +76,7 @@ def test_ranks_share_the_cases_without_gaps(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         shares.append(share_of_rank(8))
-    assert [(s.begin, s.end, s.processes) for s in shares] == [(0, 3, 3), (3, 6, 3), (6, 8, 3)]
+    assert [(s.begin, s.end, s.total, s.per_rank) for s in shares] == [(b, e, 8, (3, 3, 2)) for b, e in ((0, 3), (3, 6), (6, 8))]
     with pytest.raises(ValueError, match="batch_size 2 of the plans is smaller than the number of GPUs, 3"):
         share_of_rank(2)
 

@@ -109,21 +109,29 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: Student, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student; one fused operation, in place."""
+        """teacher = momentum * teacher + (1 - momentum) * student; one fused operation, in place.
+
+        Running statistics of a backbone with batch normalisation follow as parameters do.
+        """
         if self._pairs is None:
             self._pairs = self._match(student)
         mine, theirs = self._pairs
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
 
     def _match(self, student: Student) -> tuple[list[Tensor], list[Tensor]]:
+        """Corresponding tensors of both branches: parameters, and buffers that training changes."""
         assert self.projector is not None and student.projector is not None
         sources = {**student.backbone.averaged(), "projector": student.projector}
         copies = {**self.encoder, "projector": self.projector}
         assert sources.keys() == copies.keys()
-        mine: list[Tensor] = [p for name in copies for p in copies[name].parameters()]
-        theirs = [p.detach() for name in copies for p in sources[name].parameters()]
-        assert [p.shape for p in mine] == [p.shape for p in theirs]
+        mine, theirs = ([t for name in copies for t in _changing(modules[name])] for modules in (copies, sources))
+        assert [t.shape for t in mine] == [t.shape for t in theirs]
         return mine, theirs
+
+
+def _changing(module: nn.Module) -> list[Tensor]:
+    statistics = [t for name, t in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return [*(p.detach() for p in module.parameters()), *statistics]
 
 
 def align(

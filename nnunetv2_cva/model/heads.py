@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from nnunetv2_cva.distributed import several_ranks, sum_over_ranks
 
 
 class BatchNormalise(nn.Module):
@@ -40,7 +39,7 @@ class BatchNormalise(nn.Module):
                 )
             # Two passes: mean of squares minus square of the mean would cancel where the mean is large.
             centred = x - total / count
-            variance = _sum_over_ranks(centred.square().sum(dim=0)) / count
+            variance = sum_over_ranks(centred.square().sum(dim=0)) / count
             return centred * (variance + self.eps).rsqrt()
 
     def extra_repr(self) -> str:
@@ -86,35 +85,9 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _sum_and_count(rows: Tensor) -> tuple[Tensor, Tensor | int]:
     """Sum (D,) of the rows of all ranks, and how many there are: a number, or a tensor when it had to be asked for."""
-    if not _several_ranks():
+    if not several_ranks():
         return rows.sum(dim=0), rows.shape[0]
-    both = _sum_over_ranks(torch.cat((rows.sum(dim=0), rows.new_full((1,), rows.shape[0]))))
+    both = sum_over_ranks(torch.cat((rows.sum(dim=0), rows.new_full((1,), rows.shape[0]))))
     return both[:-1], both[-1].detach()
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    return _AllReduce.apply(x) if _several_ranks() else x
-
-
-class _AllReduce(torch.autograd.Function):
-    """Sum over ranks whose gradient is summed over ranks too (torch's own is deprecated and refuses torch.compile)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _all_reduce(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _all_reduce(gradient)
-
-
-def _all_reduce(x: Tensor) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total

@@ -103,14 +103,14 @@ class TrainingData:
 
     def batches(self, first_step: int, last_step: int) -> Batches:
         """The training batches of these steps, prepared by worker processes."""
-        workers = worker_count(self.config.workers, self.device_type, os.environ, self.share.processes)
+        workers = worker_count(self.config.workers, self.device_type, os.environ, len(self.share.per_rank))
         share = (self.share.begin, self.share.end)
         dataset = PairDataset(
             self.cases, self.training, self.size, self.config, self.share.total, share, self.config.seed, self._weights()
         )
         loader, note = make_loader(
             dataset, first_step, last_step, workers, self.config.prefetch, self.device_type == "cuda",
-            processes=self.share.processes,
+            processes=len(self.share.per_rank),
         )  # fmt: skip
         self.say(
             f"{len(self.training)} training cases, {loader.num_workers} loader processes.{' ' + note if note else ''}"

@@ -10,12 +10,23 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a step: cases ``begin`` to before ``end`` of ``total``, beside ``processes`` on this machine."""
+    """Which cases of a step are whose. ``per_rank``: how many every process has; those of this one are ``begin`` to before
+    ``end``."""
 
-    total: int
-    begin: int
-    end: int
-    processes: int = 1
+    per_rank: tuple[int, ...]
+    rank: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.per_rank)
+
+    @property
+    def begin(self) -> int:
+        return sum(self.per_rank[: self.rank])
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.per_rank[self.rank]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -40,12 +51,11 @@ def share_of_rank(cases: int) -> Share:
         ValueError: fewer cases than processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return Share(cases, 0, cases)
+        return Share((cases,))
     world, rank = dist.get_world_size(), dist.get_rank()
     if cases < world:
         raise ValueError(
             f"batch_size {cases} of the plans is smaller than the number of GPUs, {world}. Use fewer GPUs."
         )
     base, extra = divmod(cases, world)
-    begin = rank * base + min(rank, extra)
-    return Share(cases, begin, begin + base + (rank < extra), world)
+    return Share(tuple(base + (r < extra) for r in range(world)), rank)

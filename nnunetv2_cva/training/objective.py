@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,16 @@ def prepare(
 
 
 def objective(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Prepared, config: CVAConfig
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    batch: Prepared,
+    config: CVAConfig,
+    cases: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Every loss of the recipe, unweighted, and their weighted sum ``total`` (paper, total loss).
 
-    ``student``, ``teacher``: what the branches say about the batch's views.
+    ``student``, ``teacher``: what the branches say about the batch's views. ``cases``: of every rank's part of the step; None:
+    the ranks are asked.
     """
     found = {}
     if config.reconstruction_weight > 0:
@@ -60,9 +66,10 @@ def objective(
         found["reconstruction"] = losses.reconstruction_loss(prediction, batch.views, batch.hidden, batch.inside)
     if config.consistency_weight > 0:
         mine, theirs = by_view(student["bins"]), by_view(teacher["bins"])
-        found["consistency"] = losses.consistency_loss(config.consistency, mine, theirs, config.temperature)
+        found["consistency"] = losses.consistency_loss(config.consistency, mine, theirs, config.temperature, cases)
     if config.contrastive_weight > 0:
-        found["contrastive"] = losses.nt_xent(by_view(student["image"]), by_view(teacher["image"]), config.temperature)
+        mine, theirs = by_view(student["image"]), by_view(teacher["image"])
+        found["contrastive"] = losses.nt_xent(mine, theirs, config.temperature, cases)
     total = torch.stack([getattr(config, f"{name}_weight") * loss for name, loss in found.items()]).sum()
     return {**found, "total": total}
 

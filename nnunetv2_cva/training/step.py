@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ class _Branches:
 class TrainingStep:
     """Trains what ``run`` holds on one prepared batch after the other.
 
-    ``student``: the run's student as it is called, wrapped where there are several GPUs. ``compiled``: both branches under
+    ``student``: the run's student as it is called, wrapped where there are several GPUs. ``cases``: of every rank's part of a
+    step. ``compiled``: both branches under
     ``torch.compile``. When the first step fails with it, forward or backward, ``say`` gets one line and the step is done again
     without; running out of GPU memory is not the compiler's fault and is raised.
     """
@@ -38,11 +39,12 @@ class TrainingStep:
         run: Run,
         student: nn.Module,
         config: CVAConfig,
+        cases: Sequence[int] | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.run, self.config, self.autocast, self.say = run, config, autocast, say
+        self.run, self.config, self.cases, self.autocast, self.say = run, config, cases, autocast, say
         self._plain = _Branches(student, run.teacher)
         self._branches = self._plain.compiled() if compiled else self._plain
         self._unproven = compiled
@@ -62,7 +64,7 @@ class TrainingStep:
             # The teacher first: it keeps nothing for a backward pass, so its peak does not add to the student's.
             teacher = {} if self._branches.teacher is None else self._branches.teacher(batch.views, batch.rois)
             student = self._branches.student(batch.visible, batch.mask, batch.rois)
-        losses = objective(student, teacher, batch, self.config)
+        losses = objective(student, teacher, batch, self.config, self.cases)
         scaler = self.run.scaler
         (losses["total"] if scaler is None else scaler.scale(losses["total"])).backward()
         return losses

@@ -140,7 +140,13 @@ class CVATrainer(nnUNetTrainer):
             self._write_folder()
         self.logger.update_config({"cva": self.config.as_dict()})
         self._step = TrainingStep(
-            self._run(), self._wrapped(self.student), self.config, self._autocast, self._do_i_compile(), self.print_to_log_file
+            self._run(),
+            self._wrapped(self.student),
+            self.config,
+            self.data.share.per_rank,
+            self._autocast,
+            self._do_i_compile(),
+            self.print_to_log_file,
         )
         its = self.num_iterations_per_epoch
         self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
