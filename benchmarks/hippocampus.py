@@ -39,7 +39,7 @@ def prepare(raw: Path, folder: Path) -> None:
     architecture["arch_kwargs"]["features_per_stage"] = FEATURES
     plans["configurations"][CONFIGURATION] = {
         "inherits_from": "3d_fullres", "patch_size": VIEW, "batch_size": 2, "architecture": architecture,
-        "cva": {"head_width": 256, "predictor_width": 64},
+        "cva": {"head_width": 256, "predictor_width": 64, "mask_block": 8},  # of 16 voxels a view has 8 blocks, 2 of them visible
     }  # fmt: skip
     plans_file.write_text(json.dumps(plans, indent=2))
     os.environ["nnUNet_n_proc_DA"] = "0"  # one process; with NumPy's and torch's seeds a stock training is repeatable

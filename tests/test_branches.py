@@ -154,6 +154,14 @@ def test_a_view_that_the_strides_do_not_divide_is_refused_with_the_nearest_sizes
         student().backbone.check_view((8, 13, 16))
 
 
+@pytest.mark.parametrize("size", [(16, 16, 16), (16, 32, 16), (8, 16, 32)])
+def test_a_view_that_masking_would_hide_whole_is_refused(size):
+    config = SMALL.updated({"mask_block": 16}, "test")
+    with pytest.raises(ValueError, match=r"has [12] blocks \(mask_block\) of 16x16x16 voxels.*hides all.*smaller mask_block"):
+        student(config).backbone.check_view(size)
+    student(config.updated({"mask_block": 8}, "test")).backbone.check_view((16, 16, 16))
+
+
 def test_a_network_without_encoder_and_decoder_is_refused():
     with pytest.raises(ValueError, match="Sequential is not supported.*taps"):
         make_backbone(nn.Sequential(nn.Conv3d(1, 1, 1)), SMALL)

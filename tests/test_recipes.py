@@ -207,6 +207,14 @@ def test_a_primus_recipe_runs_continues_exactly_and_fits_the_stock_trainer(found
 # ---- the command
 
 
+def test_recipes_in_the_users_folders_are_listed_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text('class nnUNetTrainerCVA_Mine:\n    """Mine."""\n')
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    assert main.main(["trainers"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["nnUNetTrainerCVA_Mine", "Mine."]
+
+
 def test_the_command_lists_every_recipe_in_one_line(capsys):
     assert main.main(["trainers"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,9 +1,12 @@
 """One training step: gradients, scaler, teacher, and a compilation that may fail."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 import torch
-from networks import unet
+from networks import PRIMUS_SIZE, primus, unet
 from torch._dynamo.backends.common import aot_autograd
 
 from nnunetv2_cva.config import CVAConfig
@@ -14,6 +17,7 @@ from nnunetv2_cva.training.schedule import make_optimizer
 from nnunetv2_cva.training.step import TrainingStep, all_finite
 
 SIZE = (16, 24, 20)
+CPU = torch.device("cpu")
 CONFIG = CVAConfig(head_width=16, predictor_width=8, roi_size=(2, 3, 2), mask_block=8, learning_rate=0.1)
 
 
@@ -21,15 +25,48 @@ def make_run(scaler=None):
     torch.manual_seed(0)
     network = unet()
     student = Student(make_backbone(network, CONFIG), CONFIG)
-    return Run(network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, torch.device("cpu")), scaler)
+    return Run(network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), scaler)
 
 
-def batch(seed=0):
+def batch(seed=0, size=SIZE, block=(8, 8, 8)):
     generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(4, 1, *SIZE, generator=generator)
+    views = torch.randn(4, 1, *size, generator=generator)
     rois = torch.tensor([[[0.2, 0.0, 0.1], [1.0, 0.9, 0.8]]] * 2 + [[[0.0, 0.1, 0.2], [0.8, 1.0, 0.9]]] * 2)
-    loaded = {"views": views, "rois": rois, "inside": torch.ones(4, 1, *SIZE, dtype=torch.bool)}
-    return prepare(loaded, CONFIG, (8, 8, 8), torch.device("cpu"), seed, 0, 0)
+    loaded = {"views": views, "rois": rois, "inside": torch.ones(4, 1, *size, dtype=torch.bool)}
+    return prepare(loaded, CONFIG, block, CPU, seed, 0, 0)
+
+
+def hidden_changed(ready, seed=5):
+    """The same batch whose views differ where they are hidden."""
+    other = torch.randn(ready.views.shape, generator=torch.Generator().manual_seed(seed)) * 9
+    return dataclasses.replace(ready, views=torch.where(ready.hidden, other, ready.views))
+
+
+@pytest.mark.parametrize("network", [unet, *(functools.partial(primus, v) for v in (1, 2, 3))], ids=["U-Net", "V1", "V2", "V3"])
+def test_the_student_never_sees_what_is_hidden_and_the_teacher_does(network):
+    """Through the step itself: what the branches are called with, and what they make of it."""
+    torch.manual_seed(0)
+    student = Student(make_backbone(network(), CONFIG), CONFIG)
+    run = Run(student.backbone.network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), None)
+    size = PRIMUS_SIZE if network is not unet else SIZE
+    ready = batch(size=size, block=student.backbone.block)
+    seen, told = [], []
+    student.eval()  # no dropped paths: both calls compute the same
+    student.register_forward_hook(lambda module, inputs, found: seen.append((inputs[0].clone(), found)))
+    run.teacher.register_forward_hook(lambda module, inputs, found: told.append((inputs[0].clone(), found)))
+    step = TrainingStep(run, student, CONFIG)
+    with torch.no_grad():
+        unchanged = [p.clone() for p in student.parameters()], [p.clone() for p in run.teacher.parameters()]
+    for views in (ready, hidden_changed(ready)):
+        step(views)
+        for module, values in zip((student, run.teacher), unchanged):
+            for p, value in zip(module.parameters(), values):
+                p.data.copy_(value)
+    (first, one), (second, two) = seen
+    assert torch.equal(first, ready.visible) and torch.equal(second, ready.visible)
+    assert (first[ready.hidden.expand_as(first)] == 0).all() and ready.hidden.float().mean() > 0.5
+    assert one.keys() == {"bins", "image", "reconstruction"} and all(torch.equal(one[k], two[k]) for k in one)
+    assert torch.equal(told[0][0], ready.views) and not torch.equal(told[0][1]["bins"], told[1][1]["bins"])
 
 
 def weights(module):

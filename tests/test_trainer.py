@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import primus
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
+from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
 from projects import CONFIGURATION, NAME, make_project, make_trainer, plans, train
 from reads import Reads
 
@@ -154,12 +156,44 @@ def test_two_stages_with_nnunets_own_flag(trained, finished, capsys):
     first = trained[0]
     trainer = make_trainer(nnUNetTrainerCVA, fold=0, weights=str(finished / "checkpoint_final.pth"))
     trainer.on_train_start()
-    assert (
-        "Starting from pretrained weights; the teacher starts as a copy of them, the heads are new"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "Starting from pretrained weights; the teacher starts as a copy of them." in out
+    assert "Heads that start anew: projector, predictor. init_from takes those of a pretraining checkpoint, too." in out
     for name, value in first.network.encoder.state_dict().items():
         assert torch.equal(trainer.teacher.encoder["encoder"].state_dict()[name], value), name
+
+
+class TinyPrimusTrainer(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
+        return primus(1, channels, classes, tuple(configuration.patch_size))
+
+
+@pytest.mark.parametrize(
+    "backbone, carried",
+    [(nnUNetTrainer, "output layer"), (TinyPrimusTrainer, "mask_token, decoder_blocks, patch_decoder")],
+    ids=["U-Net", "Primus"],
+)
+def test_two_stages_with_init_from_take_the_heads_too(tmp_path, monkeypatch, capsys, backbone, carried):
+    """MAE, then MAE+CVA+Cont: what reconstructs goes on reconstructing, the teacher is a copy of the start."""
+    make_project(tmp_path, monkeypatch)
+    mae = {"config": nnUNetTrainerCVA_MAE.config, "backbone_trainer": backbone}
+    first = train(type("Stage1", (nnUNetTrainerCVA,), mae))
+    weights = f"{first.output_folder}/checkpoint_final.pth"
+    monkeypatch.setenv(ENVIRONMENT, json.dumps({"init_from": weights}))
+    capsys.readouterr()
+    second = make_trainer(type("Stage2", (nnUNetTrainerCVA,), {"backbone_trainer": backbone}))
+    second.on_train_start()
+    assert f"Heads from the file: {carried}; new: " in capsys.readouterr().out
+    before, after = first.network.state_dict(), second.network.state_dict()
+    unread = "up_projection."  # of a Primus, which pretraining neither reads nor trains
+    assert [k for k in after if not k.startswith(unread) and not torch.equal(before[k], after[k])] == []
+    for name, head in first.student.heads().items():
+        for key, value in head.state_dict().items():
+            assert torch.equal(second.student.heads()[name].state_dict()[key], value), name
+    for name, module in second.student.backbone.averaged().items():
+        copied = second.teacher.encoder[name].state_dict()
+        assert all(torch.equal(copied[k], v) for k, v in module.state_dict().items())
 
 
 def test_folds_use_nnunets_split(project):

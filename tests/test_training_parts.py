@@ -214,19 +214,41 @@ def test_probe_cases_are_spread_over_the_list():
     assert evenly(keys[:3], 8) == keys[:3]
 
 
-@pytest.mark.parametrize(
-    ("any_view", "patch", "note"), [(True, (32, 32, 40), ""), (False, VIEW, ""), (False, (32, 32, 40), "patch_size 32x32x40")]
-)
-def test_the_configuration_to_fine_tune_is_the_one_inherited_from(tmp_path, monkeypatch, any_view, patch, note):
-    """Targets have the parent's name; a network with a position for every token fits its patch or needs export."""
+def closing(tmp_path, monkeypatch, any_target=True, weights="w.pth"):
     path = make_project(tmp_path, monkeypatch).parent / "nnUNetPlans.json"
     content = json.loads(path.read_text())
-    content["configurations"]["3d_fullres"]["patch_size"] = list(patch)
     content["configurations"]["3d_fullres_cva"] = {"inherits_from": "3d_fullres", "patch_size": list(VIEW)}
     path.write_text(json.dumps(content))
     trainer = make_trainer(nnUNetTrainerCVA, configuration="3d_fullres_cva")
     trainer.initialize()
-    trainer.student.backbone.fits_any_view = any_view
-    said = report.closing(trainer.plans_manager.plans, "3d_fullres_cva", trainer.student, nnUNetTrainer, "w.pth")
-    assert "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights" in said
-    assert ("patch_size" in said) == bool(note) and note in said
+    trainer.student.backbone.fits_any_target = any_target
+    return report.closing(trainer.plans_manager.plans, "3d_fullres_cva", trainer.student, nnUNetTrainer, weights)
+
+
+def test_the_configuration_to_fine_tune_is_the_one_inherited_from(tmp_path, monkeypatch):
+    """Targets have the parent's name."""
+    said = closing(tmp_path, monkeypatch)
+    assert "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights w.pth" in said.splitlines()
+
+
+def test_weights_that_fit_no_target_as_they_are_are_exported_first(tmp_path, monkeypatch):
+    lines = closing(tmp_path, monkeypatch, any_target=False).splitlines()
+    assert lines[1:] == [
+        "nnUNetv2_cva export w.pth -d DATASET -c 3d_fullres -p nnUNetPlans -o weights.pth",
+        "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights weights.pth",
+    ]
+
+
+def test_paths_in_commands_are_quoted(tmp_path, monkeypatch):
+    assert "-pretrained_weights '/my data/w.pth'" in closing(tmp_path, monkeypatch, weights="/my data/w.pth")
+
+
+def test_a_training_that_is_all_warm_up_is_warned_about():
+    class Student(torch.nn.Module):
+        pass
+
+    config = CVAConfig(epochs=2, warmup_epochs=10)
+    lines = report.opening(config, 2, VIEW, Student(), True, None)
+    assert "WARNING: warmup_epochs 10, epochs 2" in lines[-1] and "at most 20% of learning_rate" in lines[-1]
+    lines = report.opening(CVAConfig(epochs=3, warmup_epochs=2), 2, VIEW, Student(), True, None)
+    assert not any("WARNING" in line for line in lines)

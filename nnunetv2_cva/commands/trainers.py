@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from pathlib import Path
 
-from nnunetv2_cva.commands.hook import recipes_folder
+from nnunetv2_cva.commands.hook import VARIABLE, recipes_folder
 
 HELP = "List the recipes for nnUNetv2_train -tr, one line each."
 
@@ -16,8 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print name and first line of every recipe, the default first."""
-    found = recipes(Path(recipes_folder()))
+    """Print name and first line of every recipe, the default first, then those in the user's own folders."""
+    folders = [recipes_folder(), *os.environ.get(VARIABLE, "").split(os.pathsep)]
+    found: dict[str, str] = {}
+    for folder in dict.fromkeys(os.path.realpath(f) for f in folders if f):
+        found.update({name: line for name, line in recipes(Path(folder)).items() if name not in found})
     width = max(map(len, found))
     for name, line in found.items():
         print(f"{name:{width}}  {line}")

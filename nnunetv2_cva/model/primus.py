@@ -7,6 +7,8 @@ Teacher: all tokens -> the network's Eva = tap (paper, section "Primus").
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
-from nnunetv2_cva.model.taps import Tap, by, check_divisible, token_tap
+from nnunetv2_cva.model.taps import Tap, by, check_divisible, check_visible, token_tap
 
 FEATURE_HEADS = 16
 HEAD_DEPTH = 2
@@ -39,7 +41,7 @@ class PrimusBackbone(nn.Module):
         ValueError: no place known for the tokenizer's cells, or another rotary embedding than nnU-Net's.
     """
 
-    fits_any_view = False  # a position for every token
+    fits_any_target = False  # a position for every token, a decoder for every class
 
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
@@ -89,8 +91,7 @@ class PrimusBackbone(nn.Module):
                 f"View {by(size)} has {by(grid)} tokens, but the network was built for {by(self._grid)}: its position "
                 "embedding fits one size only. Build it for the patch_size of the plans."
             )
-        if round(self.mask_ratio * tokens) == tokens:
-            raise ValueError(f"View {by(size)} has {tokens} tokens: mask_ratio {self.mask_ratio} hides all of them.")
+        check_visible(size, self.block, self.mask_ratio, "tokens")
 
     def averaged(self) -> dict[str, nn.Module]:
         """The modules that the teacher has its own copy of."""
@@ -189,19 +190,28 @@ def nearest_heads(embed_dim: int, wanted: int, rotary: bool) -> int:
 
 
 def not_built(builder: str, view_size: tuple[int, ...], error: AssertionError) -> ValueError:
-    """What to tell a user whose ``builder`` refused with a bare assertion, as nnU-Net's Primus does.
+    """What to tell a user whose ``builder`` refused with a bare assertion, as the networks of nnU-Net do.
 
-    Its tokens have 8 voxels along each axis, and the channels of an attention head must be a multiple of 6.
+    A Primus does so for views that are no whole tokens and for heads that rotary embedding cannot take; the values that it
+    looked at are in the frame where it stopped.
     """
     start = f"{builder} cannot build its network for views of {by(view_size)} (patch_size of the plans)"
-    try:
-        check_divisible(view_size, (8, 8, 8))
-    except ValueError as e:
-        return ValueError(f"{start}. {e}")
-    return ValueError(
-        f"{start}: {str(error) or 'no reason given'}. A Primus with rotary embedding needs a multiple of 6 channels "
-        "per head, for example embed_dim 864 with 12 heads."
-    )
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    file, values = os.path.basename(frame.f_code.co_filename), frame.f_locals
+    if file == "primus.py" and "patch_embed_size" in values:
+        try:
+            check_divisible(view_size, tuple(values["patch_embed_size"]))
+        except ValueError as e:
+            return ValueError(f"{start}. {e}")
+    if file == "eva.py" and {"embed_dim", "num_heads"} <= values.keys():
+        width, heads = values["embed_dim"], values["num_heads"]
+        below = width // (6 * heads) * 6 * heads
+        nearest = " or ".join(str(n) for n in (below, below + 6 * heads) if n > 0)
+        return ValueError(
+            f"{start}: rotary embedding in 3D needs a multiple of 6 channels per head, found embed_dim {width} with {heads} "
+            f"heads. Nearest valid embed_dim: {nearest}."
+        )
+    return ValueError(f"{start}: {str(error) or f'a condition in {file}, line {line}, does not hold'}. Look at its plans.")
 
 
 def _grid(eva: Any) -> tuple[int, int, int]:

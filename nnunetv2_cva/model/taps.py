@@ -9,6 +9,7 @@ weighting of the two paths by a quarter of the block's input cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,16 @@ def check_divisible(size: tuple[int, ...], strides: tuple[int, ...]) -> None:
         raise ValueError(
             f"View {by(size)} (patch_size of the plans) is not divisible by the network's strides {by(strides)}. Nearest "
             f"valid sizes per axis: {', '.join(' or '.join(map(str, choice)) for choice in nearest)}."
+        )
+
+
+def check_visible(size: tuple[int, ...], block: tuple[int, ...], ratio: float, what: str) -> None:
+    """Raise ValueError when hiding ``ratio`` of the blocks of a view, called ``what``, hides all of them."""
+    count = math.prod(-(-n // b) for n, b in zip(size, block, strict=True))
+    if round(ratio * count) == count:
+        raise ValueError(
+            f"View {by(size)} (patch_size of the plans) has {count} {what} of {by(block)} voxels, and mask_ratio {ratio} hides "
+            "all of them. Use a larger view, a smaller mask_block (U-Nets) or a lower mask_ratio."
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
-from nnunetv2_cva.model.taps import Tap, check_divisible, image_vector, unet_taps
+from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, image_vector, unet_taps
 
 
 class UNetBackbone(nn.Module):
@@ -18,7 +18,7 @@ class UNetBackbone(nn.Module):
     ``network`` stays nnU-Net's own module, so its state dict is what fine-tuning loads. Parameters that no loss reads are frozen.
     """
 
-    fits_any_view = True  # no parameter's shape depends on the view
+    fits_any_target = True  # no parameter that nnU-Net loads has a shape that depends on view or classes
 
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
@@ -26,14 +26,16 @@ class UNetBackbone(nn.Module):
         self.taps: tuple[Tap, ...] = unet_taps(network.encoder)
         self.image_channels = sum(tap.channels for tap in self.taps)
         self.block = (config.mask_block,) * 3
+        self.mask_ratio = config.mask_ratio
         self.reconstructs = config.reconstruction_weight > 0
         self._freeze_unread()
         if config.gradient_checkpointing:
             recompute_in_backward([*network.encoder.stages, *network.decoder.stages])
 
     def check_view(self, size: tuple[int, int, int]) -> None:
-        """Raise ValueError unless every stage halves the view without remainder."""
+        """Raise ValueError unless every stage halves the view without remainder and masking leaves something to see."""
         check_divisible(size, self.taps[-1].stride)
+        check_visible(size, self.block, self.mask_ratio, "blocks (mask_block)")
 
     def averaged(self) -> dict[str, nn.Module]:
         """The modules that the teacher has its own copy of."""

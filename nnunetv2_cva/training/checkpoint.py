@@ -104,6 +104,32 @@ def load_whole(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def carry_heads(path: str | Path, network: nn.Module, student: Student) -> str | None:
+    """Fill the student's heads, and a U-Net's output layer that reconstructs, from the pretraining checkpoint ``path`` as far as
+    it has them in the same shapes. Returns what was carried and what is new, in words; None where the file holds no heads.
+    """
+    content = opened(path)
+    saved = (content.get("cva") or {}).get("heads")
+    if saved is None:
+        return None
+    ours = {**student.heads(), "output layer": getattr(getattr(network, "decoder", None), "seg_layers", nn.ModuleList())}
+    theirs = {**saved, "output layer": _below(content["network_weights"], "decoder.seg_layers.")}
+    fits = {name: _shapes(module.state_dict()) == _shapes(theirs.get(name, {})) for name, module in ours.items()}
+    for name in (n for n, fit in fits.items() if fit):
+        ours[name].load_state_dict(theirs[name])
+    named = [n for n, m in ours.items() if any(True for _ in m.parameters())]
+    carried = ", ".join(n for n in named if fits[n]) or "none"
+    return f"Heads from the file: {carried}; new: {', '.join(n for n in named if not fits[n]) or 'none'}."
+
+
+def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
 def check_plans(saved: dict[str, Any], now: dict[str, Any], configuration: str) -> None:
     """That a run goes on with the plans it began with, as far as they decide about it.
 

@@ -21,13 +21,19 @@ def opening(
     views = 2 * cases if config.needs_second_view else cases
     encoder = " and as many through the teacher's encoder"
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    return [
+    lines = [
         f"Each step: {cases} cases, {views} views of {_by(view)} voxels through the student"
         f"{encoder if teacher else ''} (patch_size and batch_size of the "
         f"plans). {trained / 1e6:.1f} M parameters are trained, precision {str(dtype or torch.float32).removeprefix('torch.')}.",
         f"The best checkpoint is the one with the {criterion(config)[2]}.",
         f"Settings of the method: {config.as_dict()}",
     ]
+    if config.warmup_epochs >= config.epochs:
+        lines.append(
+            f"WARNING: warmup_epochs {config.warmup_epochs}, epochs {config.epochs}: the whole training is warm-up, with at most "
+            f"{config.epochs / config.warmup_epochs:.0%} of learning_rate. Set warmup_epochs to less than epochs."
+        )
+    return lines
 
 
 def metrics(record: dict[str, Any]) -> list[str]:
@@ -46,26 +52,28 @@ def epoch(record: dict[str, Any], note: str) -> list[str]:
     ]
 
 
-def closing(
-    plans: dict[str, Any], configuration: str, student: Student, backbone: type[nnUNetTrainer], weights: str
-) -> str:
-    """The exact command for fine-tuning from the file ``weights``, in the configuration that this one inherits from: the
-    datasets to fine-tune have that one. With a warning where the weights do not fit it."""
+def closing(plans: dict[str, Any], configuration: str, student: Student, backbone: type[nnUNetTrainer], weights: str) -> str:
+    """The exact commands for fine-tuning from the file ``weights``, in the configuration that this one inherits from: the
+    datasets to fine-tune have that one.
+
+    nnU-Net's loader takes a U-Net's checkpoint as it is for any dataset with these plans. A Primus has tensors whose shape
+    follows from the view and from the number of classes: its weights are made for the target first.
+    """
     configurations, name = plans["configurations"], configuration
-    view = configurations[name]["patch_size"]
     while "inherits_from" in configurations[name]:
         name = configurations[name]["inherits_from"]
-    size, note = configurations[name]["patch_size"], ""
-    if not student.backbone.fits_any_view and list(size) != list(view):
-        note = (
-            f"{name} has patch_size {_by(size)} and this network a position for every token of {_by(view)}: give it this "
-            "patch_size, or adapt the weights with nnUNetv2_cva export.\n"
-        )
     trainer = "" if backbone is nnUNetTrainer else f" -tr {backbone.__name__}"
+    how, weights = f"{name} FOLD -p {plans['plans_name']}{trainer}", shlex.quote(weights)
+    export = f"nnUNetv2_cva export {weights} -d DATASET -c {name} -p {plans['plans_name']}{trainer} -o weights.pth"
+    if student.backbone.fits_any_target:
+        return (
+            f"Fine-tune with nnU-Net itself, on a dataset that has these plans:\n"
+            f"nnUNetv2_train DATASET {how} -pretrained_weights {weights}\n"
+            f"For a dataset with other plans, make a file that fits: nnUNetv2_cva export."
+        )
     return (
-        f"Fine-tune with nnU-Net itself, on a dataset that has these plans:\nnnUNetv2_train DATASET {name} FOLD -p "
-        f"{plans['plans_name']}{trainer} -pretrained_weights {shlex.quote(weights)}\n"
-        f"{note}For a dataset with other plans, make a file that fits with nnUNetv2_cva export."
+        "Fine-tune with nnU-Net itself. Weights of this network are made for a dataset first (number of classes, patch size):\n"
+        f"{export}\nnnUNetv2_train DATASET {how} -pretrained_weights weights.pth"
     )
 
 

@@ -161,6 +161,9 @@ class CVATrainer(nnUNetTrainer):
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
             for line in start_from(self.config.init_from, self.network, self.view_size):
                 self.print_to_log_file(line)
+            heads = checkpoints.carry_heads(self.config.init_from, self.network, self.student)
+            if heads is not None:
+                self.print_to_log_file(heads)
 
     def _make_teacher(self) -> None:
         """The teacher starts as a copy of the student as it is now: after nnU-Net has loaded any weights."""
@@ -173,8 +176,11 @@ class CVATrainer(nnUNetTrainer):
                 f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as in {self._resumed_from}."
             )
         elif _checksum(self.network) != self._built:
-            start = "the teacher starts as a copy of them, the heads are new" if self.teacher else "there is no teacher"
-            self.print_to_log_file(f"Starting from pretrained weights; {start}.")
+            teacher = "the teacher starts as a copy of them" if self.teacher else "there is no teacher"
+            self.print_to_log_file(f"Starting from pretrained weights; {teacher}.")
+            if self.config.init_from is None:  # nnU-Net's flag, which loads the network and nothing else
+                heads = ", ".join(self.student.heads()) or "none"
+                self.print_to_log_file(f"Heads that start anew: {heads}. init_from takes those of a pretraining checkpoint, too.")
 
     def _open_data(self) -> None:
         training, probes = self.do_split()
