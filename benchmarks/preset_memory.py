@@ -18,6 +18,7 @@ import time
 import warnings
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -29,8 +30,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets.plan import from_preset, presets
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
-from nnunetv2_cva.training.objective import Prepared, objective
+from nnunetv2_cva.training.checkpoint import Run
+from nnunetv2_cva.training.objective import Prepared
 from nnunetv2_cva.training.schedule import make_optimizer
+from nnunetv2_cva.training.step import TrainingStep
 from nnunetv2_cva.views.masking import expand_mask, hide
 
 GB = 2**30
@@ -67,7 +70,7 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def described(name: str, batch: int | None):
+def described(name: str, batch: int | None, checkpointing: bool):
     """The preset's recipe, its plans and configuration as nnU-Net reads them, and the settings of the method."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
@@ -78,15 +81,22 @@ def described(name: str, batch: int | None):
     if batch is not None:
         plans["configurations"]["3d_fullres_cva"]["batch_size"] = batch
     manager = PlansManager(plans)
-    return found, manager, manager.get_configuration("3d_fullres_cva"), resolve(found.config, plans, "3d_fullres_cva", {})
+    config = replace(resolve(found.config, plans, "3d_fullres_cva", {}), gradient_checkpointing=checkpointing)
+    return found, manager, manager.get_configuration("3d_fullres_cva"), config
 
 
 def build(recipe, manager, configuration, config: CVAConfig):
-    """Student, teacher, optimizer."""
+    """Everything that is trained."""
     network = recipe.backbone_trainer.build_network_architecture(manager, configuration, 1, 1, False)
     student = Student(make_backbone(network, config), config).train()
     teacher = Teacher(student).eval() if config.needs_heads else None
-    return student, teacher, make_optimizer(student.parameters(), config, torch.device("cpu"))
+    return Run(network, student, teacher, make_optimizer(student.parameters(), config, torch.device("cpu")), None)
+
+
+def training_step(run: Run, config: CVAConfig, precision: str) -> TrainingStep:
+    """The trainer's."""
+    autocast = {"bf16": lambda: torch.autocast("cpu", torch.bfloat16), "fp32": nullcontext}[precision]
+    return TrainingStep(run, run.student, config, autocast=autocast)
 
 
 def batch_of(configuration, config: CVAConfig, block: tuple[int, int, int]) -> Prepared:
@@ -102,37 +112,26 @@ def batch_of(configuration, config: CVAConfig, block: tuple[int, int, int]) -> P
     return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
 
 
-def step(student, teacher, optimizer, batch: Prepared, config: CVAConfig, precision: str) -> None:
-    """One training step, as the trainer does it."""
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-        ours = student(batch.visible, batch.mask, batch.rois)
-        theirs = teacher(batch.views, batch.rois) if teacher is not None else {}
-    objective(ours, theirs, batch, config)["total"].backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), config.gradient_clip)
-    optimizer.step()
-
-
-def counted(name: str, precision: str, batch: int | None) -> float:
+def counted(name: str, precision: str, batch: int | None, checkpointing: bool = False) -> float:
     """GB at the peak of the second step, when the optimizer's state exists."""
-    recipe, manager, configuration, config = described(name, batch)
+    recipe, manager, configuration, config = described(name, batch, checkpointing)
     with Fake():
         with patch("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor):  # looks at values, which fakes have not
-            student, teacher, optimizer = build(recipe, manager, configuration, config)
-        inputs = batch_of(configuration, config, student.backbone.block)
+            run = build(recipe, manager, configuration, config)
+        inputs, step = batch_of(configuration, config, run.student.backbone.block), training_step(run, config, precision)
         with Peak() as tracker:
-            modules = (student, teacher) if teacher is not None else (student,)
+            modules = [m for m in (run.student, run.teacher) if m is not None]
             for tensor in (*(t for m in modules for t in (*m.parameters(), *m.buffers())), inputs.views, inputs.visible,
                            inputs.inside, inputs.hidden):  # fmt: skip
                 tracker.note(tensor)
             for _ in range(2):
-                step(student, teacher, optimizer, inputs, config, precision)
+                step(inputs)
         return tracker.peak / GB
 
 
-def grown(name: str, precision: str, batch: int | None) -> float:
+def grown(name: str, precision: str, batch: int | None, checkpointing: bool = False) -> float:
     """GB by which the process grew at most during the same two steps on the CPU."""
-    recipe, manager, configuration, config = described(name, batch)
+    recipe, manager, configuration, config = described(name, batch, checkpointing)
     resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
     before = peak = resident()
     running = True
@@ -145,10 +144,10 @@ def grown(name: str, precision: str, batch: int | None) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    student, teacher, optimizer = build(recipe, manager, configuration, config)
-    inputs = batch_of(configuration, config, student.backbone.block)
+    run = build(recipe, manager, configuration, config)
+    inputs, step = batch_of(configuration, config, run.student.backbone.block), training_step(run, config, precision)
     for _ in range(2):
-        step(student, teacher, optimizer, inputs, config, precision)
+        step(inputs)
     running = False
     watcher.join()
     return (peak - before) / GB
@@ -162,10 +161,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="cases per step instead of the preset's")
     parser.add_argument("--real", action="store_true")
     args = parser.parse_args()
-    print("| preset | precision | GB of tensors at the peak |" + (" process grew by, GB |" if args.real else ""))
-    print("|---|---|---|" + ("---|" if args.real else ""))
+    last = " process grew by |" if args.real else ""
+    print(f"| preset | precision | GB of tensors at the peak | with gradient_checkpointing |{last}")
+    print("|---|---|---|---|" + ("---|" if args.real else ""))
     for name in args.presets:
-        line = f"| {name} | {args.precision} | {counted(name, args.precision, args.batch_size):.2f} |"
+        found = [counted(name, args.precision, args.batch_size, checkpointing) for checkpointing in (False, True)]
+        line = f"| {name} | {args.precision} | {found[0]:.2f} | {found[1]:.2f} |"
         if args.real:
             line += f" {grown(name, args.precision, args.batch_size):.2f} |"
         print(line)

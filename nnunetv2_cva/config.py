@@ -23,8 +23,15 @@ ENVIRONMENT_VARIABLE = "nnUNet_cva"
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"epochs", "init_from", "workers", "prefetch", "precision", "gradient_checkpointing", "checkpoint_minutes", "check_seconds"}
+    ("epochs", "init_from", "workers", "prefetch", "precision", "tf32", "channels_last", "fused_optimizer")
+    + ("gradient_checkpointing", "checkpoint_minutes", "check_seconds")
 )
+
+# The paper's optimisation of Primus-M; its U-Nets have the defaults of CVAConfig.
+PRIMUS: dict[str, Any] = {
+    "optimizer": "adamw", "learning_rate": 3e-4, "betas": (0.9, 0.98), "weight_decay": 5e-2, "warmup_epochs": 10,
+    "gradient_clip": 1.0, "epochs": 150,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,9 @@ class CVAConfig:
     init_from: str | None = None  # a checkpoint of ours, nnU-Net, nnssl or OpenMind to start from; adapted where it must be
     seed: int = 0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    tf32: bool = True  # float32 convolutions, as in torch; matrix products stay exact, which RoIAlign needs
+    channels_last: bool = False  # memory format of convolutions
+    fused_optimizer: bool = True  # one kernel for all parameters, on CUDA
     gradient_checkpointing: bool = False
     sampling: Literal["cases", "datasets", "sqrt"] = "cases"  # drawn alike: cases; datasets; datasets by the root of their size
     workers: int | None = None  # None: from nnUNet_n_proc_DA, else from the cores this process may use

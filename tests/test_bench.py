@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from projects import CONFIGURATION, DATASET_JSON, NAME, make_project, plans
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.training import bench
+from nnunetv2_cva.training import bench, clock
 from nnunetv2_cva.training.bench import Speeds, advice, bench_trainer, measure, table, warnings
 from nnunetv2_cva.training.clock import make_clock
 from nnunetv2_cva.transfer import target
@@ -43,30 +42,51 @@ def test_the_command_prints_speeds_and_advice_and_leaves_nothing(project, capsys
     assert files(project) == before
 
 
-def test_the_speeds_are_those_of_the_parts(project, monkeypatch):
-    """A loader and a step that sleep: the slower one is the bottleneck, and waiting is the loader's share."""
+class Simulated:
+    """Loader processes that make a batch every ``pause`` seconds while fewer than ``prepared`` lie ready, on a clock that only
+    they and the device move."""
+
+    def __init__(self, batch, pause, workers, prepared):
+        self.batch, self.pause, self.workers, self.prepared = batch, pause, workers, prepared
+        self.now, self.made, self.taken = 0.0, [], []
+
+    def __next__(self):
+        room = self.taken[-self.prepared] if self.prepared and len(self.taken) >= self.prepared else 0.0
+        if not self.prepared:  # made when asked for
+            room = self.now
+        self.made.append(max(self.made[-1] if self.made else 0.0, room) + self.pause)
+        self.now = max(self.now, self.made[-1])
+        self.taken.append(self.now)
+        return self.batch
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "pause, step_pause, workers, prepared",
+    [(0.04, 0.01, 0, 0), (0.01, 0.04, 0, 0), (0.2, 0.1, 1, 2), (1 / 1.5, 0.5, 12, 24), (0.05, 0.1, 2, 4)],
+)
+def test_the_speeds_are_those_of_the_parts(project, monkeypatch, pause, step_pause, workers, prepared):
+    """The slower part is the bottleneck, waiting is the loader's share, and batches that were ready before do not count."""
     with bench_trainer(nnUNetTrainerCVA, plans(), CONFIGURATION, DATASET_JSON, CPU) as (trainer, _):
-        batch = next(trainer.dataloader_train)
-        seen = []
-        for pause, step_pause, bottleneck in ((0.04, 0.01, "loader"), (0.01, 0.04, "device")):
+        loader, seen = Simulated(next(trainer.dataloader_train), pause, workers, prepared), []
 
-            def step(given, pause=step_pause):
-                seen.append(given)
-                time.sleep(pause)
+        def step(given):
+            seen.append(given["step"])
+            loader.now += step_pause
 
-            class Slow(type(trainer.dataloader_train)):
-                def __next__(self, pause=pause):
-                    time.sleep(pause)
-                    return batch
-
-            trainer.dataloader_train.__class__ = Slow
-            trainer.train_step = step
-            found = measure(trainer, 0.8)
-            assert found.bottleneck == bottleneck
-            assert found.loader < 1 / pause and found.device < 1 / step_pause and found.both < 1 / (pause + step_pause)
-            assert found.waiting == pytest.approx(pause / (pause + step_pause), abs=0.15)
-        steps = [b["step"] for b in seen if b["views"] is not batch["views"]]
-        assert len(set(steps)) > 3  # the fixed batch is augmented differently each time
+        for module in (bench, clock):
+            monkeypatch.setattr(module, "perf_counter", lambda: loader.now)
+        trainer.dataloader_train.close()
+        trainer.dataloader_train, trainer.train_step = loader, step
+        found = measure(trainer, 100 * max(pause, step_pause))
+    together = max(pause, step_pause) if prepared else pause + step_pause
+    assert found.bottleneck == ("loader" if pause > step_pause else "device")
+    assert found.loader == pytest.approx(1 / pause, rel=0.01) and found.device == pytest.approx(1 / step_pause, rel=0.01)
+    assert found.both == pytest.approx(1 / together, rel=0.05)
+    assert found.waiting == pytest.approx(1 - step_pause / together, abs=0.05)
+    assert len(set(seen)) > 3  # the fixed batch is augmented differently each time
 
 
 def test_the_fixed_batch_stays_as_it_is(project):

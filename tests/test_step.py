@@ -1,5 +1,6 @@
 """One training step: gradients, scaler, teacher, and a compilation that may fail."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -108,6 +109,45 @@ def test_the_scaler_changes_no_weights_but_by_rounding():
         TrainingStep(run, run.student, CONFIG)(batch())
     for a, b in zip(plain.student.parameters(), scaled.student.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_optimizers_take_the_same_steps(optimizer):
+    """The CPU has the kernels too; training uses them on CUDA."""
+    found = []
+    for fused in (True, False):
+        config = dataclasses.replace(CONFIG, optimizer=optimizer, learning_rate=1e-3, fused_optimizer=fused)
+        run = make_run()
+        run = dataclasses.replace(run, optimizer=make_optimizer(run.student.parameters(), config, torch.device("cuda")))
+        assert run.optimizer.defaults["fused"] is fused
+        step = TrainingStep(run, run.student, config)
+        for n in range(3):
+            step(batch(n))
+        found.append(weights(run.student))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_trains_the_same():
+    plain, last = make_run(), make_run()
+    last.student.to(memory_format=torch.channels_last_3d)
+    last = dataclasses.replace(last, teacher=Teacher(last.student))
+    formats = [p.is_contiguous(memory_format=torch.channels_last_3d) for p in last.teacher.parameters() if p.ndim == 5]
+    assert formats and all(formats)
+    for n in range(3):
+        losses = [TrainingStep(run, run.student, CONFIG)(batch(n)) for run in (plain, last)]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_losses_are_those_of_float32_but_for_rounding():
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    exact, rounded = (
+        TrainingStep(run, run.student, CONFIG, autocast=how)(batch())
+        for run, how in ((make_run(), contextlib.nullcontext), (make_run(), autocast))
+    )
+    for name, loss in exact.items():
+        assert rounded[name].dtype == torch.float32
+        torch.testing.assert_close(rounded[name], loss, rtol=0.05, atol=0.02)
 
 
 def failing(direction):

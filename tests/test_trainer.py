@@ -196,6 +196,16 @@ def test_two_stages_with_init_from_take_the_heads_too(tmp_path, monkeypatch, cap
         assert all(torch.equal(copied[k], v) for k, v in module.state_dict().items())
 
 
+def test_switches_reach_torch(tmp_path, monkeypatch):
+    make_project(tmp_path, monkeypatch, cva={"channels_last": True, "tf32": False})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    trainer = make_trainer(nnUNetTrainerCVA)
+    trainer.on_train_start()
+    assert not torch.backends.cudnn.allow_tf32
+    kernels = [p for p in trainer.network.parameters() if p.ndim == 5 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+
+
 def test_folds_use_nnunets_split(project):
     trainer = make_trainer(nnUNetTrainerCVA, fold=1)
     trainer.initialize()

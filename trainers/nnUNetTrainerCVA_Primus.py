@@ -19,18 +19,10 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
     nnUNet_PrimusV3S_Trainer,
 )
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import PRIMUS, CVAConfig
 from nnunetv2_cva.training.trainer import CVATrainer
 
-_PRIMUS = CVAConfig(
-    optimizer="adamw",
-    learning_rate=3e-4,
-    betas=(0.9, 0.98),
-    weight_decay=5e-2,
-    warmup_epochs=10,
-    gradient_clip=1.0,
-    epochs=150,
-)
+_PRIMUS = CVAConfig(**PRIMUS)
 
 
 class nnUNetTrainerCVA_PrimusS(CVATrainer):

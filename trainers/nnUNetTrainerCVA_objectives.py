@@ -7,22 +7,8 @@ from dataclasses import replace
 
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_M_Trainer
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import PRIMUS, CVAConfig
 from nnunetv2_cva.training.trainer import CVATrainer
-
-
-def _primus(row: CVAConfig, epochs: int = 150) -> CVAConfig:
-    """The row, optimised as in nnUNetTrainerCVA_Primus.py (the paper, Primus-M); recipes cannot import each other."""
-    return replace(
-        row,
-        optimizer="adamw",
-        learning_rate=3e-4,
-        betas=(0.9, 0.98),
-        weight_decay=5e-2,
-        warmup_epochs=10,
-        gradient_clip=1.0,
-        epochs=epochs,
-    )
 
 
 class nnUNetTrainerCVA_AE(CVATrainer):
@@ -77,54 +63,54 @@ class nnUNetTrainerCVA_Cont(CVATrainer):
 class nnUNetTrainerCVA_AE_PrimusM(CVATrainer):
     """AE: every voxel of unmasked views, and half the consistency with a teacher of the same weights; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_AE.config)
+    config = replace(nnUNetTrainerCVA_AE.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_MAE_PrimusM(CVATrainer):
     """MAE: masked reconstruction alone, the first of the paper's two stages (1000 epochs); Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_MAE.config, epochs=1000)
+    config = replace(nnUNetTrainerCVA_MAE.config, **{**PRIMUS, "epochs": 1000})
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_MAE_CVA_PrimusM(CVATrainer):
     """MAE+CVA: masked reconstruction and consistency of the aligned bins; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_MAE_CVA.config)
+    config = replace(nnUNetTrainerCVA_MAE_CVA.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_MAE_CCVA_PrimusM(CVATrainer):
     """MAE+C-CVA: masked reconstruction and contrast (NT-Xent) of the aligned bins; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_MAE_CCVA.config)
+    config = replace(nnUNetTrainerCVA_MAE_CCVA.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_MAE_Cont_PrimusM(CVATrainer):
     """MAE+Cont: masked reconstruction and contrast of the images; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_MAE_Cont.config)
+    config = replace(nnUNetTrainerCVA_MAE_Cont.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_MAE_CCVA_Cont_PrimusM(CVATrainer):
     """MAE+C-CVA+Cont: masked reconstruction, contrast of the aligned bins and of the images; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_MAE_CCVA_Cont.config)
+    config = replace(nnUNetTrainerCVA_MAE_CCVA_Cont.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_Gram_PrimusM(CVATrainer):
     """MAE+Gram+Cont: the default with Gram matrices of the aligned bins instead of their cosine; Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_Gram.config)
+    config = replace(nnUNetTrainerCVA_Gram.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer
 
 
 class nnUNetTrainerCVA_Cont_PrimusM(CVATrainer):
     """Cont: contrast of the images alone, on masked views (the paper: best for classification); Primus-M."""
 
-    config = _primus(nnUNetTrainerCVA_Cont.config)
+    config = replace(nnUNetTrainerCVA_Cont.config, **PRIMUS)
     backbone_trainer = nnUNet_Primus_M_Trainer

@@ -113,19 +113,21 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
             f"A step does not fit into the {_size(clock.available())} of the device. Set gradient_checkpointing in \"cva\", or "
             "lower batch_size or patch_size of the configuration."
         ) from None
-    workers = trainer.dataloader_train._loader.num_workers
+    workers = trainer.dataloader_train.workers
     return Speeds(loader, device, both, waiting, workers, first, clock.peak(), clock.available())
 
 
 def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]:
     """Steps per second, and one batch."""
     batches = trainer.dataloader_train
-    for _ in range(max(1, batches._loader.num_workers)):  # they come all at once
+    at_once = max(1, batches.workers)  # they come together: only whole rounds count
+    for _ in range(batches.prepared + at_once):
         batch = next(batches)
     began, steps = perf_counter(), 0
     while steps == 0 or perf_counter() - began < seconds:
-        batch = next(batches)
-        steps += 1
+        for _ in range(at_once):
+            batch = next(batches)
+        steps += at_once
     return steps / (perf_counter() - began), batch
 
 
@@ -156,6 +158,8 @@ def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: C
 
 def _both(trainer: CVATrainer, seconds: float, clock: Clock) -> tuple[float, float]:
     """Steps per second of a training, and the share of the time in which the device waited for its next batch."""
+    for _ in range(trainer.dataloader_train.prepared):  # made while the device was measured alone: they would hide a slow loader
+        next(trainer.dataloader_train)
     trainer.train_step(next(trainer.dataloader_train))
     last = clock.mark()
     marks: list[tuple[Any, Any]] = []
@@ -184,7 +188,7 @@ def _for_the_loader(found: Speeds, cores: int) -> list[str]:
     else:
         lines = [f"All {cores} cores that this process may use are in use: {needed} loader processes would need as many cores."]
     if needed > cores - 1:
-        lines.append('Fewer resampled views: rotation_p and scale_p in "cva"; a crop costs a fifth of a rotated view or less.')
+        lines.append('Fewer resampled views: rotation_p and scale_p in "cva" (benchmarks/speed.md has what each costs).')
     return lines
 
 

@@ -23,9 +23,9 @@ def learning_rate(epoch: int, config: CVAConfig) -> float:
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: CVAConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), fused on CUDA."""
+    """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), on CUDA fused if configured."""
     trained = [p for p in parameters if p.requires_grad]
-    fused = True if device.type == "cuda" else None
+    fused = config.fused_optimizer if device.type == "cuda" else None
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,

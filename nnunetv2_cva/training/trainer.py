@@ -119,6 +119,8 @@ class CVATrainer(nnUNetTrainer):
         backbone = make_backbone(self.network, self.config)
         backbone.check_view(self.view_size)
         self.student = Student(backbone, self.config).to(self.device)
+        if self.config.channels_last:
+            self.student.to(memory_format=torch.channels_last_3d)  # convolutions take the format of their weights
         self.optimizer = make_optimizer(self.student.parameters(), self.config, self.device)
         self._built = _checksum(self.network)
         self.was_initialized = True
@@ -138,6 +140,7 @@ class CVATrainer(nnUNetTrainer):
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
+        torch.backends.cudnn.allow_tf32 = self.config.tf32
         self.logger.update_config({"cva": self.config.as_dict()})
         self._step = TrainingStep(
             self._run(),

@@ -195,6 +195,16 @@ class Batches:
         if loader.num_workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             self._torch_handler = signal.signal(signal.SIGCHLD, self._child_ended)
 
+    @property
+    def workers(self) -> int:
+        """Processes that load; 0: the main process does."""
+        return self._loader.num_workers
+
+    @property
+    def prepared(self) -> int:
+        """Batches that may lie ready."""
+        return self.workers * (self._loader.prefetch_factor or 0)
+
     def __iter__(self) -> Batches:
         return self
 
