@@ -18,7 +18,7 @@ from nnunetv2_cva.training.clock import make_clock
 from nnunetv2_cva.transfer import target
 
 CPU = torch.device("cpu")
-FOUND = Speeds(loader=8.0, device=2.0, both=1.9, waiting=0.01, workers=4, first_step=3.0, memory=6 * 10**9, available=8 * 10**9)
+FOUND = Speeds(loader=8.0, device=2.0, both=1.9, waiting=0.01, workers=4, first_step=3.0, memory=6 * 2**30, available=8 * 2**30)
 
 
 @pytest.fixture
@@ -172,13 +172,13 @@ def test_a_slow_loader_needs_processes_or_cores(change, cores, expected):
 @pytest.mark.parametrize(
     "options, memory, expected",
     [
-        ({"dtype": None}, 6e9, 'precision "auto"'),
-        ({"compiled": False}, 6e9, "nnUNet_compile=1"),
-        ({"checkpointing": True}, 2e9, "gradient_checkpointing false"),
-        ({}, 2e9, "75 % of the memory is free"),
-        ({}, 7.9e9, "gradient_checkpointing true"),
-        ({}, 6e9, "Nothing: the device is busy"),
-        ({"device": "cpu"}, 6e9, "A CUDA GPU"),
+        ({"dtype": None}, 6 * 2**30, 'precision "auto"'),
+        ({"compiled": False}, 6 * 2**30, "nnUNet_compile=1"),
+        ({"checkpointing": True}, 2 * 2**30, "gradient_checkpointing false"),
+        ({}, 2 * 2**30, "75 % of the memory is free"),
+        ({}, 7.9 * 2**30, "gradient_checkpointing true"),
+        ({}, 6 * 2**30, "Nothing: the device is busy"),
+        ({"device": "cpu"}, 6 * 2**30, "A CUDA GPU"),
     ],
 )
 def test_a_slow_device_is_told_what_would_help(options, memory, expected):

@@ -18,7 +18,7 @@ from nnunetv2_cva.commands import doctor, hook
 FACTS = {"torch": "2.8.0", "built_for": None, "cuda": False, "mps": False, "triton": False, "torchvision": "0.23.0"}
 HEALTHY = {**FACTS, "agree": True, "timm": "1.0.22"}
 CUDA = {"built_for": "12.8", "cuda": True, "triton": True}
-GPU = {**HEALTHY, **CUDA, "gpus": 2, "gpu": "X1", "gpu_memory": 8e10, "bf16": True}
+GPU = {**HEALTHY, **CUDA, "gpus": 2, "gpu": "X1", "gpu_memory": 80 * 2**30, "bf16": True}
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -219,14 +219,14 @@ def test_paths_without_permission(folders, monkeypatch):
 
 
 def test_paths_without_room(folders, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(100e9, 0, 3e9 if "results" in folder else 50e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(100 * 2**30, 0, 3 * 2**30 if "results" in folder else 50 * 2**30))
     assert "nnUNet_results: 3.0 GB free" in fixes(doctor.check_paths())
 
 
 def test_shared_memory(monkeypatch):
     if not Path("/dev/shm").is_dir():
         pytest.skip("this system has no /dev/shm")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(64e6, 0, 64e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**26, 0, 2**26))
     line = fixes(doctor.check_shared_memory())
     assert re.search(r"0\.1 of 0\.1 GB free in /dev/shm -> .*--shm-size.*nnUNet_n_proc_DA=0", line)
     monkeypatch.setattr(doctor, "Path", lambda folder: Path("/there is none"))

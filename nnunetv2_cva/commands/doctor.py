@@ -74,12 +74,13 @@ EXPLANATIONS = (
     (
         "AssertionError: Key ... is missing in the pretrained model weights",
         "The weights belong to another architecture than the one that -p and -tr describe. Fine-tune with the plans "
-        "that the pretraining used.",
+        "that the pretraining used, or make a file that fits: `nnUNetv2_cva check` and `nnUNetv2_cva export`.",
     ),
     (
         "AssertionError: The shape of the parameters of key ... is not the same",
-        "Same architecture, other sizes: input channels, features or kernel sizes differ between the two plans files. "
-        "Fine-tune with the plans that the pretraining used.",
+        "Same architecture, other sizes: input channels, features or kernel sizes differ between the two plans files, or it is "
+        "a Primus, whose tensors also depend on patch size and number of classes. `nnUNetv2_cva check` says what differs, "
+        "`nnUNetv2_cva export` makes a file that fits.",
     ),
 )
 
@@ -293,4 +294,4 @@ def _nvidia_gpus() -> list[str]:
 
 
 def _gigabytes(size: float) -> float:
-    return size / 1e9
+    return size / 2**30

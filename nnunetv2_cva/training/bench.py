@@ -239,4 +239,4 @@ def table(found: Speeds, trainer: CVATrainer) -> list[str]:
 
 
 def _size(count: int | None) -> str:
-    return "memory" if count is None else f"{count / 1e9:.1f} GB"
+    return "memory" if count is None else f"{count / 2**30:.1f} GB"
