@@ -54,6 +54,27 @@ def evenly(keys: list[str], count: int) -> list[str]:
     return [keys[i] for i in np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(int)]
 
 
+def keep_back(keys: list[str], count: int) -> tuple[list[str], list[str]]:
+    """Training cases and up to ``count`` probe cases, at most a tenth of all: none of fewer than 10."""
+    ordered = sorted(keys)
+    probes = evenly(ordered, min(count, len(ordered) // 10))
+    return [k for k in ordered if k not in set(probes)], probes
+
+
+def check_folds(fold: int | str, dataset: str | Path, folder: str | Path) -> None:
+    """That nnU-Net can cut the cases into five folds, which it does where there is no ``splits_final.json``.
+
+    Raises:
+        ValueError: too few cases.
+    """
+    cases = len(open_cases(folder))
+    if cases < 5 and not (Path(dataset) / "splits_final.json").is_file():
+        raise ValueError(
+            f"Fold {fold}: expected at least 5 cases to make nnU-Net's five folds of, found {cases} in {folder}. "
+            "Train on fold all."
+        )
+
+
 class TrainingData:
     """Batches of training cases and the fixed probe pairs.
 

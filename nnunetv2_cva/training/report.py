@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student
 from nnunetv2_cva.training.probe import criterion
+
+PROGRESS_SECONDS = 60.0
+
+
+class Pace:
+    """Says once a minute how far an epoch of ``total`` steps has come. ``tick()`` after every step."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.total, self.say = total, say
+        self.steps, self.began = 0, monotonic()
+        self.said = self.began
+
+    def tick(self) -> None:
+        self.steps += 1
+        now = monotonic()
+        if now - self.said > PROGRESS_SECONDS and self.steps < self.total:
+            self.said = now
+            self.say(f"  {self.steps} of {self.total} iterations, {(now - self.began) / self.steps:.2f} s each")
 
 
 def opening(

@@ -24,7 +24,7 @@ from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import report
-from nnunetv2_cva.training.data import IndexedDataset, TrainingData, evenly, open_cases
+from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.monitor import History
 from nnunetv2_cva.training.objective import prepare
@@ -32,8 +32,6 @@ from nnunetv2_cva.training.probe import criterion, score
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.transfer.start import start_from
-
-PROGRESS_SECONDS = 60.0
 
 
 class CVATrainer(nnUNetTrainer):
@@ -202,23 +200,10 @@ class CVATrainer(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the probe pairs."""
-        self._check_fold()
-        training, held_back = super().do_split()
         if self.fold != "all":
-            return sorted(training), sorted(held_back)
-        ordered = sorted(training)
-        probes = evenly(ordered, min(self.config.probe_cases, len(ordered) // 10))
-        return [k for k in ordered if k not in set(probes)], probes
-
-    def _check_fold(self) -> None:
-        """nnU-Net cuts the cases into five parts when a numbered fold is asked for and no splits are there."""
-        splits = join(self.preprocessed_dataset_folder_base, "splits_final.json")
-        cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-        if self.fold != "all" and not isfile(splits) and cases < 5:
-            raise ValueError(
-                f"Fold {self.fold}: expected at least 5 cases to make nnU-Net's five folds of, found {cases} in "
-                f"{self.preprocessed_dataset_folder}. Train on fold all."
-            )
+            check_folds(self.fold, self.preprocessed_dataset_folder_base, self.preprocessed_dataset_folder)
+        training, held_back = super().do_split()
+        return keep_back(training, self.config.probe_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
 
     def _write_folder(self) -> None:
         """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
@@ -237,8 +222,8 @@ class CVATrainer(nnUNetTrainer):
     # ---- one epoch
 
     def on_epoch_start(self) -> None:
-        self._began = self._said = monotonic()
-        self._steps = 0
+        self._began = monotonic()
+        self._pace = report.Pace(self.num_iterations_per_epoch, self.print_to_log_file)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(torch_seed("network", self.config.seed, self.current_epoch, self.local_rank))
@@ -253,18 +238,11 @@ class CVATrainer(nnUNetTrainer):
         block = self.student.backbone.block
         ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
         losses = self._step(ready)
-        self._show_progress()
+        self._pace.tick()
         return {**losses, "overlap": batch["overlap"].mean()}
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
-
-    def _show_progress(self) -> None:
-        self._steps += 1
-        if monotonic() - self._said > PROGRESS_SECONDS and self._steps < self.num_iterations_per_epoch:
-            self._said = monotonic()
-            pace = (self._said - self._began) / self._steps
-            self.print_to_log_file(f"  {self._steps} of {self.num_iterations_per_epoch} iterations, {pace:.2f} s each")
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         seconds = monotonic() - self._began
