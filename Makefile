@@ -2,6 +2,7 @@
 # make test        install into .venv and run linters and tests (what CI runs)
 # make test-all    the same with the longer tests
 # make lint        linters only
+# make bench       the speed benchmarks, about ten minutes (benchmarks/speed.md)
 # make venv        install only
 #
 # PYTHON: the Python to start from (3.10 or newer); VENV: where to install.
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint venv
+.PHONY: demo test test-all lint bench venv
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -30,6 +31,13 @@ test-all: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/augmentation.py
+	$(BIN)/python benchmarks/step.py flops
+	$(BIN)/python benchmarks/step.py memory
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py time
 
 venv: $(STAMP)
 

@@ -222,7 +222,7 @@ def main() -> None:
 def configure(dataset: Path) -> tuple[list[str], list[str]]:
     """Add the configuration and the split; returns the cases for tests and those that labelled ones are drawn from."""
     plans = json.loads((dataset / f"{PLANS}.json").read_text())
-    plans["configurations"][CONFIGURATION] = {"inherits_from": "small", "batch_size": CASES}
+    plans["configurations"][CONFIGURATION] = {"inherits_from": "small", "batch_size": CASES, "cva": {"mask_block": 8}}
     (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
     names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
     order = np.random.default_rng(0).permutation(names).tolist()
