@@ -219,7 +219,8 @@ def test_paths_without_permission(folders, monkeypatch):
 
 
 def test_paths_without_room(folders, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(100 * 2**30, 0, 3 * 2**30 if "results" in folder else 50 * 2**30))
+    free = {True: 3 * 2**30, False: 50 * 2**30}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(100 * 2**30, 0, free["results" in folder]))
     assert "nnUNet_results: 3.0 GB free" in fixes(doctor.check_paths())
 
 

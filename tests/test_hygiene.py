@@ -1,20 +1,24 @@
 """Broken files are found, each with its reason, and the rest goes on."""
 
+import bz2
 import csv
 import gzip
 import json
 import os
 import re
+import signal
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from images import SHAPE, voxels, write, write_several
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
-from nnunetv2_cva.datasets import inspect, inventory, reading
-from nnunetv2_cva.datasets.inventory import read_accepted, read_rejected, take_inventory
+from nnunetv2_cva.datasets import inspect, inventory, parallel, reading
+from nnunetv2_cva.datasets.inventory import read_accepted, read_rejected, save_lists, take_inventory
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
 
 
@@ -22,12 +26,29 @@ def nothing(*_):
     pass
 
 
-def look(folder, *images, own="Dataset500_Test", **options):
-    return take_inventory(folder, Sources(tuple(map(str, images)), **options), own, 1, nothing, nothing)
+def look(folder, *images, own="Dataset500_Test", processes=1, **options):
+    sources = Sources(tuple(map(str, images)), **options)
+    found = take_inventory(folder, sources, own, processes, nothing, nothing)
+    save_lists(folder, sources, found)
+    return found
 
 
 def truncated(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return path
+
+
+def damaged(path):
+    """One byte flipped in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    return path
+
+
+def write_packed(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(image), str(path), True)
     return path
 
 
@@ -49,14 +70,15 @@ def make_zoo(folder):
     truncated(write(broken("short_gz.nii.gz", "truncated: the compressed data ends early"), image))
     truncated(write(broken("short_nii.nii", "truncated: .* expected"), image))
     truncated(write(broken("short_gipl.gipl", "truncated: .* expected"), image))
-    truncated(write(broken("short_nrrd.nrrd", "fread got only"), image))
-    truncated(write(broken("short_mha.mha", "cannot be read"), image))
+    truncated(write(broken("short_nrrd.nrrd", "truncated: .* expected"), image))
+    truncated(write(broken("short_mha.mha", "truncated: .* expected"), image))
+    for ending in ("mha", "nrrd"):
+        truncated(write_packed(broken(f"short_packed_{ending}.{ending}", "truncated: the compressed data ends early"), image))
+        damaged(write_packed(broken(f"flipped_{ending}.{ending}", "damaged: "), image))
     whole = gzip.decompress(write(folder / "x.nii.gz", image).read_bytes())
     (folder / "x.nii.gz").unlink()
     broken("short_inside.nii.gz", "truncated: .* expected").write_bytes(gzip.compress(whole[:-100]))
-    flipped = bytearray(write(broken("flipped.nii.gz", "damaged|unreadable"), image).read_bytes())
-    flipped[len(flipped) // 2] ^= 0xFF
-    (folder / "flipped.nii.gz").write_bytes(bytes(flipped))
+    damaged(write(broken("flipped.nii.gz", "damaged|unreadable"), image))
     write(broken("four_d.nii.gz", "4D: shape 16x18x14x3"), np.stack([image] * 3))
     write(broken("slice.nii.gz", "not a volume"), image[:1])
     sitk.WriteImage(sitk.GetImageFromArray(image[5].astype(np.float32)), str(broken("flat.nii.gz", "not a volume")))
@@ -79,6 +101,22 @@ def make_zoo(folder):
         broken("labels.nii.gz", "looks like a segmentation: only 3 different values"),
         (image > 0).astype(np.uint8) + (image > 220),
     )
+    spot = np.zeros(SHAPE, np.float32)
+    spot[3, 4, 5] = 0.5
+    write(broken("spot.nii.gz", "all or nearly all voxels that are not air are 0.5"), spot)
+    spot[3:9, 4:10, 5:11] = 0.5
+    write(broken("box.nii.gz", "all or nearly all voxels that are not air are 0.5"), spot)
+    speckles = np.zeros((140, 140, 140), np.float32)  # the coarse grid that statistics are taken from misses all of them
+    speckles[[1, 2, 2, 136], [2, 1, 2, 136], [2, 2, 1, 136]] = (3.5, 4, 5, 6)
+    write(broken("speckles.nii.gz", "all or nearly all voxels that are not air are 0"), speckles)
+    odd = bytearray(write(broken("no_spacing.nii", "absurd spacing: 0x1x1 mm"), voxels(8)).read_bytes())
+    odd[80:84] = bytes(4)  # pixdim[1]; nibabel and SimpleITK make 1 mm of it
+    (folder / "no_spacing.nii").write_bytes(bytes(odd))
+    nibabel.save(nibabel.Nifti1Image(voxels(9) * (1 + 2j), np.eye(4)), broken("complex.nii.gz", "its voxels are complex numbers"))
+    tifffile.imwrite(broken("beside_0000.tif", "spacing beside it cannot be read: .* in beside.json"), voxels(10))
+    (folder / "beside.json").write_text("")
+    (folder / os.fsdecode(b"M\xfcller.nii.gz")).write_bytes((folder / "good.nii.gz").read_bytes())
+    reasons["zoo__M_ller"] = "its name is not UTF-8"
     write(broken("twin.nrrd", "duplicate of zoo__good"), voxels(1))
     write(folder / "deep" / "er" / "good.mha", voxels(7))
     return reasons
@@ -94,7 +132,7 @@ def test_every_broken_file_is_rejected_with_its_reason_and_the_others_are_used(t
         assert re.search(reasons[finding.key], finding.reason), (finding.key, finding.reason)
     listed = read_rejected(out)
     assert [(key, reason) for key, reason, _ in listed] == [(f.key, f.reason) for f in found.rejected]
-    assert all(os.path.isfile(path) for _, _, path in listed)
+    assert all(os.path.isfile(path) for _, _, path in listed)  # also names that are not UTF-8
     assert [f.key for f in read_accepted(out)] == [f.key for f in found.accepted]
 
 
@@ -127,7 +165,6 @@ def test_good_files_are_read_by_nnunets_readers(tmp_path, ending):
 
 
 def test_tif_is_read_as_a_volume_with_the_spacing_beside_it(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "a_0000.tif", voxels())
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [2.0, 1.0, 1.0]}))
     images, properties = reading.read_images((str(tmp_path / "a_0000.tif"),))
@@ -136,7 +173,6 @@ def test_tif_is_read_as_a_volume_with_the_spacing_beside_it(tmp_path):
 
 def test_skewed_directions_are_read_as_nnunet_does(tmp_path):
     """SimpleITK refuses them; nnU-Net's next reader does not."""
-    nibabel = pytest.importorskip("nibabel")
     affine = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     nibabel.save(nibabel.Nifti1Image(voxels().transpose(2, 1, 0), affine), tmp_path / "a.nii.gz")
     with pytest.raises(RuntimeError, match="orthonormal"):
@@ -156,8 +192,84 @@ def test_channels_that_differ_in_shape_are_rejected(tmp_path):
     found = look(tmp_path / "out", tmp_path / "a", channels="stack")
     assert [f.key for f in found.accepted] == ["a__y", "a__z"] and found.accepted[0].files[1].endswith("y_0001.nii.gz")
     assert {f.key: f.reason for f in found.rejected} == {
-        "a__x": "channels differ in shape or spacing", "a__lone": "1 channels, most cases have 2",
+        "a__x": "channels differ in shape or spacing", "a__lone": "channels 0, most cases have channels 0, 1",
     }  # fmt: skip
+
+
+def test_channels_are_compared_by_their_numbers(tmp_path):
+    """A channel that is missing, and one that is there twice, would put one modality in the place of another."""
+    names = ("a_0000.mha", "a_0001.mha", "b_0000.mha", "b_0001.mha", "c_0000.mha", "c_0002.mha", "d_0000.mha", "d_0000.nrrd")
+    for seed, name in enumerate(names):
+        write(tmp_path / "a" / name, voxels(seed))
+    found = look(tmp_path / "out", tmp_path / "a", channels="stack")
+    assert [f.key for f in found.accepted] == ["a__a", "a__b"]
+    assert {f.key: f.reason for f in found.rejected} == {
+        "a__c": "channels 0, 2, most cases have channels 0, 1", "a__d": "several files for one channel: 0, 0",
+    }  # fmt: skip
+    assert len(look(tmp_path / "out2", tmp_path / "a").accepted) == 8  # split, each is a case
+
+
+@pytest.mark.parametrize("ending", ["mha", "nrrd", "nii.gz"])
+def test_one_flipped_byte_anywhere_in_compressed_voxels_is_noticed(tmp_path, ending):
+    """ITK itself gives out whatever came before it, and after it zeros."""
+    path = write_packed(tmp_path / f"a.{ending}", voxels())
+    whole = path.read_bytes()
+    reading.read_images((str(path),))
+    for place in np.linspace(len(whole) // 4, len(whole) - 9, 8).astype(int):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(reading.Unusable, match="damaged|truncated"):
+            reading.read_images((str(path),))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2", "text"])
+def test_every_encoding_of_nrrd_is_read(tmp_path, encoding):
+    image = voxels()
+    packed = {"raw": bytes, "gzip": gzip.compress, "bzip2": bz2.compress, "text": lambda _: image_as_text.encode()}
+    image_as_text = " ".join(map(str, image.ravel().tolist()))
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 16 18 14\nspacings: 1 1 1\nendian: little\nencoding: {encoding}\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + packed[encoding](image.tobytes()))
+    if encoding == "bzip2":  # looked at to the end, though this ITK is built without it
+        with pytest.raises(reading.Unusable, match="SimpleITKIO cannot read it"):
+            reading.read_images((str(tmp_path / "a.nrrd"),))
+    else:
+        assert (reading.read_images((str(tmp_path / "a.nrrd"),))[0][0] == image).all()
+
+
+def test_whatever_happens_to_one_file_the_others_go_on(tmp_path, monkeypatch):
+    write_several(tmp_path / "a", 3)
+    real = inspect.content_hash
+
+    def odd(images):
+        if images.shape[1] == SHAPE[0] + 1:  # case_1's
+            raise ZeroDivisionError("nobody thought of this")
+        return real(images)
+
+    monkeypatch.setattr(inspect, "content_hash", odd)
+    found = look(tmp_path / "out", tmp_path / "a")
+    assert [f.key for f in found.accepted] == ["a__case_0", "a__case_2"]
+    assert found.rejected[0].reason == "ZeroDivisionError: nobody thought of this"
+
+
+def test_what_memory_was_too_small_for_is_looked_at_again(tmp_path, monkeypatch):
+    write_several(tmp_path / "a", 3)
+
+    def full(images):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="None of 3 cases"):
+        patch.setattr(inspect, "content_hash", full)
+        look(tmp_path / "out", tmp_path / "a")
+    assert {reason for _, reason, _ in read_rejected(tmp_path / "out")} == {"does not fit into memory"}
+    assert len(look(tmp_path / "out", tmp_path / "a").accepted) == 3
+
+
+def test_an_item_that_ends_its_process_is_named_and_the_others_are_done():
+    done = []
+    items = [0] * 9 + [signal.SIGABRT.value] + [0] * 9
+    parallel.for_each(signal.raise_signal, items, 2, done.append, lambda item: f"killed by {item}")
+    assert done.count(None) == 18 and done.count("killed by 6") == 1
 
 
 def test_a_file_that_vanishes_is_rejected(tmp_path):
@@ -242,11 +354,26 @@ def test_a_line_deleted_from_the_list_of_cases_stays_deleted(tmp_path):
 def test_several_processes_find_the_same(tmp_path):
     make_zoo(tmp_path / "zoo")
     one = look(tmp_path / "one", tmp_path / "zoo")
-    sources = Sources((str(tmp_path / "zoo"),))
-    two = take_inventory(tmp_path / "two", sources, "Dataset500_Test", 2, nothing, nothing)
+    two = look(tmp_path / "two", tmp_path / "zoo", processes=2)
     assert one == two
     for name in (inventory.CASES, inventory.REJECTED):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_any_name_can_be_looked_up_in_the_list_of_cases(tmp_path):
+    for name in ("a;b.nii.gz", 'q"u,o.nii.gz', "new\nline.nii.gz", "ü.nii.gz"):
+        write(tmp_path / "a" / name, voxels(len(name)), (1, 1, 1))
+    found = look(tmp_path / "out", tmp_path / "a")
+    assert len(found.accepted) == 4 and read_accepted(tmp_path / "out") == list(found.accepted)
+
+
+def test_of_duplicates_the_one_that_was_used_before_stays(tmp_path):
+    write_several(tmp_path / "a", 2)
+    look(tmp_path / "out", tmp_path / "a")
+    write(tmp_path / "a" / "another.nii.gz", voxels(0))
+    found = look(tmp_path / "out", tmp_path / "a")
+    assert [f.key for f in found.accepted] == ["a__case_0", "a__case_1"]
+    assert [f.reason for f in found.rejected] == ["duplicate of a__case_0"]
 
 
 def test_nothing_usable_is_an_error(tmp_path):
@@ -295,6 +422,30 @@ def test_names_are_unique_and_legal(tmp_path):
     assert "d__old" in keys(tmp_path / "a" / "d", tmp_path / "b" / "d", known={path: "d__old"})
 
 
+def test_a_folder_that_contains_itself_is_searched_once(tmp_path):
+    write(tmp_path / "x" / "a.nii.gz", voxels())
+    write(tmp_path / "y" / "b.nii.gz", voxels())
+    (tmp_path / "x" / "self").symlink_to(".")
+    (tmp_path / "x" / "other").symlink_to(tmp_path / "y")  # other links are followed
+    assert keys(tmp_path / "x") == ["x__a", "x__other__b"]
+
+
+def test_folders_of_one_name_are_several_datasets(tmp_path):
+    for name in ("a/images/x", "b/images/x", "c/imagesTr/x_0000", "c/imagesTs/y_0000"):
+        write(tmp_path / f"{name}.nii.gz", voxels())
+    folders = [tmp_path / n for n in ("a/images", "b/images", "c/imagesTr", "c/imagesTs")]
+    found = candidates(Sources(tuple(map(str, folders))), "D", {})
+    assert {c.key: c.dataset for c in found} == {"images__x": "images", "b_images__x": "b_images", "c__x": "c", "c__y": "c"}
+
+
+def test_a_row_that_names_no_image_is_rejected_and_the_others_are_used(tmp_path):
+    write(tmp_path / "a.nii.gz", voxels())
+    (tmp_path / "list.csv").write_text("path\na.nii.gz\nscan.dcm\nREADME\n")
+    found = look(tmp_path / "out", table=str(tmp_path / "list.csv"))
+    assert [f.key for f in found.accepted] == ["list__a"] and [f.key for f in found.rejected] == ["list__README", "list__scan"]
+    assert all(f.reason.startswith("not a format that nnU-Net reads as a volume (.nii.gz, ") for f in found.rejected)
+
+
 def test_a_table_names_dataset_subject_and_modality(tmp_path):
     write(tmp_path / "p" / "1" / "T1.nii.gz", voxels(1))
     write(tmp_path / "p" / "2" / "T1.nii.gz", voxels(2))
@@ -310,7 +461,11 @@ def test_a_table_names_dataset_subject_and_modality(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("file\na.nii.gz\n", "expected columns path"), ("path\nnotes.txt\n", "line 2: .*notes.txt is no file that nnU-Net reads")],
+    [
+        ("file\na.nii.gz\n", "expected columns path"),
+        ("path,subject\na.nii.gz,1\n,2\n", "line 3: expected a path in column path"),
+        ("subject,path\n1,a.nii.gz\n2\n", "line 3: expected a path in column path"),
+    ],
 )
 def test_a_bad_table_is_an_error(tmp_path, text, match):
     (tmp_path / "list.csv").write_text(text)

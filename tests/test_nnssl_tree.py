@@ -1,7 +1,6 @@
 """Preprocessed data used where it lies: trees of nnssl, datasets of nnU-Net; the index, and drawing from several datasets."""
 
 import contextlib
-import inspect
 import io
 import json
 import tracemalloc
@@ -10,7 +9,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from images import nnunet_folders
+from images import nnunet_folders, write_several
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from projects import FAST
 from projects import plans as tiny_plans
@@ -19,7 +18,6 @@ from nnunetv2_cva.commands import main
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.datasets import nnssl_tree
 from nnunetv2_cva.datasets.inventory import read_rejected
-from nnunetv2_cva.training import data as training_data
 from nnunetv2_cva.views.index import Entry, read_index, sampling_weights, write_index
 from nnunetv2_cva.views.loader import Cases, PairDataset
 
@@ -52,6 +50,14 @@ def make_tree(root):
     (base / "splits_final.json").write_text(json.dumps({"train": [], "val": []}))
     (base / "dataset_fingerprint.json").write_text("{}")
     return base
+
+
+def broken(path, value=np.nan, where=(0, 3, 4, 5)):
+    """A case with a value that it must not have."""
+    path.unlink(missing_ok=True)
+    array = blosc2.open(str(case(path, seed=77)), mode="a")
+    array[tuple(slice(n, n + 1) for n in where) if where else ...] = value
+    return path
 
 
 @pytest.fixture
@@ -96,6 +102,48 @@ def test_a_tree_is_adopted_without_touching_it(tree, capsys):
     assert sum(p.stat().st_size for p in preprocessed.rglob("*") if p.is_file()) < 20_000
 
 
+def test_voxels_are_looked_at_once(tree, monkeypatch, capsys):
+    """NaN, constant cases and duplicates, however they are chunked, are found; what was looked at is remembered."""
+    base, preprocessed = tree
+    folder = base / "nnsslPlans_onemmiso" / "OpenNeuro" / "ds000" / "sub-00" / "ses-1"
+    broken(folder / "nan.b2nd")
+    broken(folder / "inf.b2nd", np.inf)
+    broken(folder / "zero.b2nd", 0, where=None)
+    original = blosc2.open(str(folder / "T1w.b2nd"), mode="r")
+    blosc2.asarray(original[:], urlpath=str(folder / "twin.b2nd"), chunks=(1, 7, 11, 13), blocks=(1, 5, 5, 5))
+    assert adopt(base, "--preset", "tiny") == 0
+    rejected = {key.rpartition("/")[2]: reason for key, reason, _ in read_rejected(preprocessed / NAME)}
+    assert rejected["nan"] == rejected["inf"] == "NaN or Inf in 1 voxels" and rejected["zero"] == "all voxels are 0"
+    assert rejected["twin"] == "duplicate of OpenNeuro/ds000/sub-00/ses-1/T1w"
+    assert len(index_of(preprocessed).keys) == 9
+    looked, real = [], nnssl_tree.look_at_case
+    monkeypatch.setattr(nnssl_tree, "look_at_case", lambda c: looked.append(c.key) or real(c))
+    assert adopt(base, "--preset", "tiny") == 0 and looked == []
+    broken(folder / "T2w.b2nd", np.nan)
+    assert adopt(base, "--preset", "tiny") == 0 and [k.rpartition("/")[2] for k in looked] == ["T2w"]
+    assert len(index_of(preprocessed).keys) == 8
+    assert adopt(base, "--preset", "tiny", "--headers-only") == 0 and len(index_of(preprocessed).keys) == 13
+
+
+def test_adopted_data_need_not_be_named_again(tree, capsys):
+    base, preprocessed = tree
+    assert adopt(base, "--preset", "tiny") == 0
+    assert main.main(["plan", "-d", NAME, "--preset", "tiny", "-np", "1"]) == 0
+    assert "9 cases to pretrain on where they lie" in capsys.readouterr().out
+
+
+def test_a_dataset_is_of_images_or_of_preprocessed_data(tree, tmp_path, capsys):
+    """Else the index of one would stay for the plans of the other."""
+    base, preprocessed = tree
+    write_several(tmp_path / "images", 3)
+    assert adopt(base, "--preset", "tiny") == 0
+    assert main.main(["plan", "-d", NAME, "--images", str(tmp_path / "images"), "-np", "1"]) == 2
+    assert f"{NAME} uses preprocessed data where it lies. Give this another dataset" in capsys.readouterr().err
+    images = ("--images", str(tmp_path / "images"), "--preset", "tiny", "-np", "1")
+    assert main.main(["plan", "-d", "Dataset747_Images", *images]) == 0
+    assert adopt(base, name="Dataset747_Images") == 2 and "uses images" in capsys.readouterr().err
+
+
 def test_images_of_a_subject_are_on_one_side_of_the_split(tree):
     base, preprocessed = tree
     adopt(base)
@@ -127,7 +175,6 @@ def test_pairs_of_views_are_read_from_the_tree(tree):
     assert set(batch["keys"]) <= set(keys)
 
 
-@pytest.mark.skipif(not hasattr(training_data, "IndexedDataset"), reason="the trainer does not read the index yet")
 def test_the_trainer_trains_on_a_tree(tree, monkeypatch):
     base, preprocessed = tree
     monkeypatch.setenv("nnUNet_compile", "f")
@@ -200,6 +247,32 @@ def test_preprocessed_datasets_are_used_in_place(datasets, capsys):
     assert "nnUNetPlans of Dataset004_A, which the cases were preprocessed with" in capsys.readouterr().out
 
 
+def test_validation_cases_of_a_target_are_recognised_by_their_names(datasets, tmp_path, capsys):
+    folds = [{"train": [f"c_{i}" for i in range(4)], "val": ["c_4", "c_5"]}]
+    (datasets / "Dataset004_A" / "splits_final.json").write_text(json.dumps(folds))
+    assert adopt(4, 5, "--target", 4) == 0
+    warning = "WARNING: 2 of 2 validation cases of fold 0 of Dataset004_A are in the pretraining set (c_4, c_5)"
+    assert warning in capsys.readouterr().out
+    assert main.main(["plan", "-d", NAME, "--keep-plans", "--target", "4", "-p", "nnUNetPlansCVA"]) == 0
+    assert warning in capsys.readouterr().out
+    (datasets / "Dataset004_A" / "nnUNetPlansCVA.json").unlink()
+    assert adopt(4, 5, "--target", 4, "--hold-out", 1) == 2
+    assert "Dataset004_A has the folds 0 to 0" in capsys.readouterr().err
+    for _ in range(2):  # the second time because it is remembered
+        assert main.main(["plan", "-d", NAME, "--target", "4", "--hold-out", "0", "-np", "1"]) == 0
+        index = index_of(datasets)
+        assert len(index.keys) == 6 and not [k for k in index.keys if k.endswith(("A/nnUNetPlans_3d_fullres/c_4", "s/c_5"))]
+    assert {row[1] for row in read_rejected(datasets / NAME)} == {"held out: a target validates on it"}
+
+
+def test_what_cannot_be_recognised_is_said(tree, datasets, capsys):
+    base, _ = tree
+    assert adopt(base, "--target", 4, "--preset", "tiny") == 0
+    assert "could not check whether Dataset004_A validates on images that are pretrained on" in capsys.readouterr().out
+    assert adopt(base, "--target", 4, "--preset", "tiny", "--hold-out", 0, "-p", "nnUNetOther") == 2
+    assert "Dataset004_A cannot be compared with the pretraining set" in capsys.readouterr().err
+
+
 def test_other_spacings_are_pointed_out(datasets, capsys):
     path = datasets / "Dataset005_B" / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
@@ -220,7 +293,7 @@ def test_a_dataset_without_preprocessed_cases_is_an_error(datasets, capsys):
 def test_cases_of_another_number_of_channels_are_rejected(datasets):
     case(datasets / "Dataset004_A" / "nnUNetPlans_3d_fullres" / "two.b2nd", 0, (2, 30, 34, 28))
     assert adopt(4) == 0
-    assert [row[:2] for row in read_rejected(datasets / NAME)] == [("two", "2 channels, most cases have 1")]
+    assert [row[:2] for row in read_rejected(datasets / NAME)] == [("two", "channels 0, 1, most cases have channels 0")]
     assert len(index_of(datasets).keys) == 6
 
 
@@ -293,7 +366,6 @@ def test_datasets_that_are_kept_back_do_not_count():
     assert np.allclose(weights, (0.25, 0.25, 0.5))
 
 
-@pytest.mark.skipif("weights" not in inspect.signature(PairDataset).parameters, reason="the loader does not take weights yet")
 def test_steps_are_drawn_with_the_weights(tree):
     """Six cases of one dataset, three of the other: alike when datasets are drawn alike."""
     base, preprocessed = tree

@@ -1,7 +1,9 @@
 """What is in a pretraining dataset: the table and the pictures."""
 
 import json
+from types import SimpleNamespace
 
+import blosc2
 import numpy as np
 import pytest
 from images import labelled_dataset, nnunet_folders, voxels, write
@@ -10,6 +12,7 @@ from matplotlib.image import imread
 from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
+from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.datasets import pictures
 
 NAME = "Dataset500_Images"
@@ -44,6 +47,7 @@ def test_before_preprocessing_the_images_themselves_are_shown(folders, capsys):
     row = next(line.split() for line in out.splitlines() if line.startswith(NAME))
     assert row[1:3] == ["4", "1"] and "30x38x33," in row and "33x38x33" in row and "2x1x1" in row
     assert "pile" in out and "rejected: 1\n       1  all voxels are 0\n" in out
+    assert "pile/bad.nrrd\n" in out
     assert "6 images as they are" in out and "no views.png" in out
     assert imread(preprocessed / NAME / "contact_sheet.png").std() > 0.05
     assert not (preprocessed / NAME / "views.png").exists()
@@ -61,8 +65,6 @@ def test_after_preprocessing_cases_and_views_are_shown(folders, tmp_path, capsys
 
 
 def test_a_dataset_that_nnunet_has_preprocessed_can_be_looked_at(folders, capsys):
-    import blosc2
-
     _, preprocessed = folders
     folder = preprocessed / "Dataset004_Target" / "nnUNetPlans_3d_fullres"
     folder.mkdir()
@@ -93,7 +95,73 @@ def test_the_settings_of_the_plans_are_those_of_the_views(folders, monkeypatch):
         assert (pair.rois[:, 1] > pair.rois[:, 0]).all()
 
 
+def test_a_primus_hides_tokens(folders, monkeypatch):
+    """Whatever blocks a U-Net would hide; the recipe is the one that the preset was planned for."""
+    _, preprocessed = folders
+    assert call("plan", "--preset", "primusm_96", "--view", "16", "24", "16", "-p", "nnUNetPrimus", "-np", "1") == 0
+    assert call("preprocess", "-p", "nnUNetPrimus", "-np", "1") == 0
+    asked, shown = [], []
+
+    def found(name):
+        asked.append(name)
+        return SimpleNamespace(config=CVAConfig(mask_ratio=0.5, mirror_p=0.0))
+
+    monkeypatch.setattr("nnunetv2_cva.transfer.target.trainer_class", found)
+    monkeypatch.setattr(pictures, "view_pairs", lambda pairs, _: shown.extend(pairs))
+    assert call("peek", "-p", "nnUNetPrimus", "--pairs", 3) == 0
+    assert asked == ["nnUNetTrainerCVA_PrimusM"] and len(shown) == 3
+    for pair in shown:
+        tokens = ((pair.visible == 0) & (pair.views != 0)).reshape(2, 2, 8, 3, 8, 2, 8)
+        assert (tokens.any(axis=(2, 4, 6)).sum(axis=(1, 2, 3)) <= 6).all() and (pair.rois[:, 1] > pair.rois[:, 0]).all()
+    assert sum(int(((p.visible == 0) & (p.views != 0)).any()) for p in shown) >= 2
+
+
+def test_damaged_cases_are_left_out(folders, tmp_path, capsys):
+    _, preprocessed = folders
+    call("preprocess", "-np", "1")
+    data = preprocessed / NAME / "nnUNetPlansCVA_3d_fullres_images_only"
+    keys = sorted(p.stem for p in data.glob("*.b2nd"))
+    (data / f"{keys[1]}.b2nd").write_bytes(b"no blosc2")
+    nan = blosc2.open(str(data / f"{keys[2]}.b2nd"), mode="a")
+    nan[:] = np.full(nan.shape, np.nan, np.float32)
+    capsys.readouterr()
+    assert call("peek") == 0
+    out = capsys.readouterr().out
+    assert f"WARNING: left out: {data / keys[1]}.b2nd: cannot be read" in out
+    assert f"WARNING: left out: {data / keys[2]}.b2nd: holds NaN" in out
+    assert "5 preprocessed cases" in out and "4 pairs of views" in out
+
+
+def test_an_image_that_has_been_damaged_since_is_left_out(folders, tmp_path, capsys):
+    (tmp_path / "pile" / "scan_0.nrrd").write_bytes(b"")
+    assert call("peek") == 0
+    out = capsys.readouterr().out
+    assert f"WARNING: left out: {tmp_path / 'pile' / 'scan_0.nrrd'}: empty file" in out and "5 images as they are" in out
+
+
+@pytest.mark.parametrize("option", ["--cases", "--pairs"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_cases_or_pairs_is_one_line(folders, capsys, option, number):
+    with pytest.raises(SystemExit, match="2"):
+        call("peek", option, number)
+    assert f"argument {option}: expected a whole number from 1 on" in capsys.readouterr().err
+
+
 # ---- drawing
+
+
+def test_of_a_case_only_three_slices_are_read():
+    class Watched:
+        shape, read = (1, 30, 40, 50), 0
+
+        def __getitem__(self, where):
+            found = np.zeros(self.shape)[where]
+            self.read += found.size
+            return found
+
+    case = Watched()
+    pictures.three_slices(case, (1, 1, 1))
+    assert case.read == 40 * 50 + 30 * 50 + 30 * 40
 
 
 def test_slices_are_shown_in_millimetres():
@@ -101,7 +169,7 @@ def test_slices_are_shown_in_millimetres():
     spacing = (4.0, 1.0, 0.5)
     i, j, k = np.meshgrid(*(np.arange(n) * s for n, s in zip((10, 60, 60), spacing)), indexing="ij")
     ball = ((i - 20) ** 2 + (j - 34) ** 2 + (k - 15) ** 2 < 100).astype(np.float32)
-    sheet = pictures._three_slices(pictures.Sheet("", ball, spacing))
+    sheet = pictures.three_slices(ball[None], spacing)
     tile, scale = pictures.TILE, (pictures.TILE - 4) / 60
     assert sheet.shape == (tile, 3 * tile)
     for n, (extent, centre) in enumerate((((60, 30), (34, 15)), ((40, 30), (20, 15)), ((40, 60), (20, 34)))):

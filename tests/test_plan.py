@@ -1,6 +1,7 @@
 """Plans for pretraining: from the images, from a preset, for the datasets that will be fine-tuned."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 from projects import architecture
 from projects import plans as tiny_plans
 
@@ -27,6 +29,8 @@ from nnunetv2_cva.commands.trainers import recipes
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets import describe, plan, proposal
 from nnunetv2_cva.datasets.inspect import QUANTILES
+from nnunetv2_cva.datasets.inventory import INSPECTION
+from nnunetv2_cva.views.index import read_index
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("NNUNETV2_CVA_DATA", ROOT.parent / "shared" / "data"))
@@ -170,6 +174,41 @@ def test_ct_is_normalised_as_ct_when_it_is_called_ct(folders, capsys):
         assert json.loads((preprocessed / "Dataset502_CT" / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
 
 
+def notes(capsys):
+    """What was said about normalisation."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith(("NOTE", "WARNING")) and "air at" in line or "--modality asks" in line]
+
+
+def test_a_names_case_does_not_matter_as_in_nnunet(folders, capsys):
+    raw, preprocessed = folders
+    for i in range(3):
+        write(raw / "Dataset502_CT" / "imagesTr" / f"ct_{i}_0000.nii.gz", voxels(i, (20, 24, 22), air=0) * 3 - 1100)
+    for options in (("-pl", "ExperimentPlanner"), ("--preset", "tiny")):
+        for name, scheme in (("ct", "CTNormalization"), ("noNorm", "NoNormalization")):
+            assert call("-d", 502, "--modality", name, *options) == 0
+            plans = planned(preprocessed, "Dataset502_CT")
+            assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == [scheme]
+            assert len(notes(capsys)) == (scheme != "CTNormalization")
+
+
+def test_what_the_images_are_and_what_the_target_is(targets, tmp_path, capsys):
+    """5 is CT, 4 is not: what is said follows from the normalisation that is written, both ways."""
+    _, preprocessed = targets
+    for i in range(3):
+        write(tmp_path / "ct" / f"{i}.nii.gz", voxels(i, (20, 24, 22), air=0) * 3 - 1100)
+    ct, mr = ("-d", "Dataset508_CT", "--images", tmp_path / "ct"), ("-d", 500)
+    assert call(*ct, "--target", 5) == 0 and notes(capsys) == []
+    assert call(*mr, "--target", 4) == 0 and notes(capsys) == []
+    assert call(*mr, "--target", 5) == 0
+    (warning,) = notes(capsys)
+    assert "7 of 7 cases do not look like CT" in warning and "clipped and scaled as CT" in warning
+    assert call(*ct, "--target", 4, "--modality", "CT") == 0
+    asked, looks = notes(capsys)
+    assert "asks for CTNormalization, but these plans have ZScoreNormalization" in asked
+    assert "3 of 3 cases look like CT" in looks and "will be normalised by ZScoreNormalization" in looks
+
+
 # ---- presets
 
 
@@ -178,6 +217,7 @@ def test_a_shipped_preset_is_whole(name):
     preset = plan.from_preset(name)
     about = preset["preset"]
     assert about["description"].endswith(".") and about["recipe"] in recipes(ROOT / "trainers")
+    assert ("Primus" in about["recipe"]) == ("Primus" in about.get("fine_tuning", ""))
     # No guesses: a number comes with what it was measured on.
     assert " GB of tensors in a bf16 step, counted without a GPU" in about["peak_memory"]
     manager = PlansManager(preset)
@@ -218,6 +258,32 @@ def test_a_preset_is_fitted_to_the_images(folders, capsys):
     assert set(plans["foreground_intensity_properties_per_channel"]) == {"0", "1"} and "preset" not in plans
     assert (plans["dataset_name"], plans["plans_name"]) == ("Dataset503_Two", "nnUNetMine")
     assert "-tr nnUNetTrainerCVA -p nnUNetMine" in capsys.readouterr().out
+
+
+def test_a_plans_file_of_nnunets_is_a_preset(folders, tmp_path):
+    _, preprocessed = folders
+    theirs = tiny_plans()
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    assert call("-d", 500, "--preset", tmp_path / "theirs.json") == 0
+    mine, base = (p["configurations"]["3d_fullres"] for p in (planned(preprocessed), theirs))
+    assert mine["architecture"] == base["architecture"]
+
+
+def test_a_primus_is_fine_tuned_with_weights_made_for_the_target(targets, capsys):
+    """Reference: the recipe itself says which trainer of nnU-Net's builds its network."""
+    trainer = nnUNetTrainerCVA_PrimusM.backbone_trainer.__name__
+    assert call("-d", 500, "--preset", "primusm_96", "--view", 16, 24, 16, "--target", 4) == 0
+    first = capsys.readouterr().out
+    folder = "nnUNetTrainerCVA_PrimusM__nnUNetPlansCVA__3d_fullres_cva"
+    how = f"-d 4 -c 3d_fullres -p nnUNetPlansCVA -tr {trainer} -o weights_for_4.pth"
+    checkpoint = f"$nnUNet_results/Dataset500_Images/{folder}/fold_all/checkpoint_final.pth"
+    assert f"nnUNetv2_cva export {checkpoint} {how}\n" in first
+    train = f"nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlansCVA -tr {trainer} -pretrained_weights weights_for_4.pth\n"
+    assert train in first and "-tr nnUNetTrainerCVA_PrimusM -p" in first
+    assert call("-d", 500, "--keep-plans", "--target", 5) == 0  # which preset it was is remembered
+    later = capsys.readouterr().out
+    assert f"{checkpoint} {how.replace('4', '5', 1).replace('for_4', 'for_5')}" in later
+    assert "-tr nnUNetTrainerCVA_PrimusM" in later
 
 
 def test_a_view_of_primus_is_whole_tokens_and_one_of_a_unet_whole_cells(folders, capsys):
@@ -311,7 +377,8 @@ def test_a_preset_is_written_into_all_targets_and_kept_plans_into_later_ones(tar
     assert encoder_shapes(source) == encoder_shapes(first) and first["configurations"]["3d_fullres"]["spacing"] == [2.0] * 3
     before = everything(preprocessed / "Dataset500_Images")
     assert call("-d", 500, "--target", 5, "--keep-plans") == 0
-    assert everything(preprocessed / "Dataset500_Images") == before
+    after = everything(preprocessed / "Dataset500_Images")
+    assert {path for path in after if after[path] != before[path]} == {str(preprocessed / "Dataset500_Images" / INSPECTION)}
     assert encoder_shapes(planned(preprocessed, "Dataset005_Second")) == encoder_shapes(source)
     planned_before = everything(preprocessed / "Dataset004_First")
     assert call("-d", 500, "--target", 4, "--preset", "resencl_96") == 2
@@ -325,7 +392,11 @@ def test_other_numbers_of_channels_are_pointed_out(targets, capsys):
     four["foreground_intensity_properties_per_channel"] = {"0": {"mean": 1.0}, "1": {"mean": 2.0}}
     labelled_dataset(raw, preprocessed, "Dataset006_Two", four, channels=("T1", "T2"))
     assert call("-d", 500, "--target", 6) == 0
-    assert "for Dataset006_Two:\n  It has 2 channels, the pretraining 1: adapt the weights" in capsys.readouterr().out
+    weights = "$nnUNet_results/Dataset500_Images/nnUNetTrainerCVA__nnUNetPlansCVA__3d_fullres_cva/fold_all/checkpoint_final.pth"
+    assert (
+        f"for Dataset006_Two:\n  nnUNetv2_cva export {weights} -d 6 -c 3d_fullres -p nnUNetPlans -o weights_for_6.pth\n"
+        "  nnUNetv2_train 6 3d_fullres 0 -p nnUNetPlans -pretrained_weights weights_for_6.pth\n"
+    ) in capsys.readouterr().out
     assert PlansManager(planned(preprocessed)).get_configuration("3d_fullres").normalization_schemes == ["ZScoreNormalization"]
 
 
@@ -359,6 +430,67 @@ def test_without_a_split_of_its_own_the_targets_default_split_counts(targets, ca
     assert [f"of fold {i} of Dataset004_First" in out for i in range(6)] == [True] * 5 + [False]
 
 
+@pytest.fixture
+def pile(targets, tmp_path):
+    """A pile of images of which two are First_003 and First_004; the target has a split of two folds."""
+    _, preprocessed = targets
+    names = [f"First_{i:03d}" for i in range(6)]
+    folds = [{"train": names[:3], "val": names[3:]}, {"train": names[3:], "val": names[:3]}]
+    (preprocessed / "Dataset004_First" / "splits_final.json").write_text(json.dumps(folds))
+    write_several(tmp_path / "pile", 3)
+    for n in (3, 4):
+        write(tmp_path / "pile" / f"renamed_{n}.nrrd", voxels(100 + 10 * n))
+    assert call("-d", "Dataset504_Pile", "--images", tmp_path / "pile", "--target", 4, "--view", 16, 16, 16) == 0
+    return targets
+
+
+def used(preprocessed):
+    with open(preprocessed / "Dataset504_Pile" / "cases.csv") as f:
+        return [row["case"] for row in csv.DictReader(f)]
+
+
+def test_plans_that_are_kept_for_a_later_target_are_checked_against_it(pile, capsys):
+    capsys.readouterr()
+    assert call("-d", 504, "--keep-plans", "--target", 4) == 0
+    assert "WARNING: 2 of 3 validation cases of fold 0 of Dataset004_First are in the pretraining set" in capsys.readouterr().out
+    assert call("-d", 504, "--keep-plans", "--target", 4, "--hold-out", 0) == 2
+
+
+@pytest.mark.parametrize("fold", [2, -1])
+def test_a_fold_that_does_not_exist_is_an_error_and_changes_nothing(pile, capsys, fold):
+    _, preprocessed = pile
+    assert call("-d", 504, "--target", 4, "--hold-out", 0) == 0
+    before = everything(preprocessed / "Dataset504_Pile")
+    assert call("-d", 504, "--target", 4, "--hold-out", fold) == 2
+    assert f"--hold-out {fold}: Dataset004_First has the folds 0 to 1" in capsys.readouterr().err
+    assert everything(preprocessed / "Dataset504_Pile") == before and len(used(preprocessed)) == 3
+
+
+def test_what_cannot_be_checked_is_said_and_an_error_where_it_was_asked_for(pile, capsys):
+    raw, preprocessed = pile
+    (raw / "Dataset004_First" / "imagesTr" / "First_005_0000.nii.gz").unlink()
+    capsys.readouterr()
+    assert call("-d", 504, "--target", 4) == 0
+    assert "The images of 1 of 3 validation cases of fold 0 of Dataset004_First were not found" in capsys.readouterr().out
+    assert call("-d", 504, "--target", 4, "--hold-out", 0) == 2 and "not found in nnUNet_raw" in capsys.readouterr().err
+    (raw / "Dataset004_First").rename(raw / "moved")
+    assert call("-d", 504, "--target", 4) == 0
+    assert "could not check whether Dataset004_First validates on images that are pretrained on" in capsys.readouterr().out
+    assert call("-d", 504, "--target", 4, "--hold-out", 0) == 2
+    assert "Dataset004_First cannot be compared with the pretraining set" in capsys.readouterr().err
+    assert len(used(preprocessed)) == 5
+
+
+def test_what_is_held_out_after_preprocessing_is_not_trained_on(pile, capsys):
+    _, preprocessed = pile
+    assert main.main(["preprocess", "-d", "504", "-np", "1"]) == 0
+    data = preprocessed / "Dataset504_Pile" / "nnUNetPlansCVA_3d_fullres_images_only"
+    assert len(read_index(data).keys) == 5
+    assert call("-d", 504, "--target", 4, "--hold-out", 0) == 0
+    assert list(read_index(data).keys) == used(preprocessed) == ["pile__case_0", "pile__case_1", "pile__case_2"]
+    assert "Cases that are no longer used were taken out of" in capsys.readouterr().out
+
+
 # ---- what may not be done
 
 
@@ -374,6 +506,12 @@ def test_without_a_split_of_its_own_the_targets_default_split_counts(targets, ca
         (("-d", 500, "--target", 4, "-c", "2d"), "2D. Pretraining needs a 3D"),
         (("-d", 500, "--target", 4, "-c", "nope"), "Expected one of 3d_fullres, 2d"),
         (("-d", 500, "--preset", "tiny", "--view", 48, 48, 50), "--view 48x48x50: expected multiples .* 8x8x8"),
+        (("-d", 500, "--preset", "tiny", "--view", 0, 0, 0), "--view 0x0x0: expected multiples .* 8x8x8"),
+        (("-d", 500, "--preset", "tiny", "--view", -8, -8, -8), "--view -8x-8x-8: expected multiples .* 8x8x8"),
+        (("-d", 500, "--preset", "tiny", "--batch-size", 0), "--batch-size 0: expected 1 to 7"),
+        (("-d", 500, "--preset", "tiny", "--batch-size", -1), "--batch-size -1: expected 1 to 7"),
+        (("-d", 500, "--preset", "tiny", "--batch-size", 8), "--batch-size 8: expected 1 to 7"),
+        (("-d", "Dataset004_Other", "--images", 5), "the id 004 is that of Dataset004_First"),
         (("-d", 500, "--preset", "tiny", "--modality", "T1", "T2"), r"--modality T1 T2: expected 1 name"),
         (("-d", 500, "--keep-plans"), "name them with --target"),
         (("-d", 500, "--images", "/nowhere"), "no such folder"),
@@ -384,6 +522,23 @@ def test_wrong_requests_end_with_one_line(targets, capsys, arguments, match):
     assert call(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(match, error), error
+
+
+def test_a_conflict_with_a_target_is_found_before_anything_is_written(targets, capsys):
+    _, preprocessed = targets
+    other = tiny_plans()
+    (preprocessed / "Dataset005_Second" / "nnUNetMine.json").write_text(json.dumps({**other, "plans_name": "nnUNetMine"}))
+    assert call("-d", 500, "--preset", "tiny", "--target", 4, 5, "-p", "nnUNetMine") == 2
+    assert "exists and differs" in capsys.readouterr().err
+    assert [p.parent.name for p in preprocessed.glob("*/nnUNetMine.json")] == ["Dataset005_Second"]
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-2"])
+def test_a_number_of_processes_that_is_none_is_one_line(folders, monkeypatch, capsys, value):
+    monkeypatch.setenv("nnUNet_def_n_proc", value)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["plan", "-d", "500"])
+    assert f"argument -np: expected a whole number from 1 on, found '{value}'" in capsys.readouterr().err
 
 
 def test_without_a_place_to_write_it_says_so(monkeypatch, capsys):
@@ -402,6 +557,50 @@ def test_planning_again_keeps_what_the_user_has_added(folders):
     again = planned(preprocessed)["configurations"]
     assert again["mine"] == plans["configurations"]["mine"] and again["3d_fullres_cva"]["cva"]["epochs"] == 9
     assert again["3d_fullres_cva"]["batch_size"] == 5
+
+
+def cva(preprocessed):
+    return planned(preprocessed)["configurations"]["3d_fullres_cva"]["cva"]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A preset without settings of its own."""
+    preset = plan.from_preset("tiny")
+    preset["configurations"]["3d_fullres_cva"].update(cva={}, patch_size=[64, 64, 64])
+    (tmp_path / "plain.json").write_text(json.dumps(preset))
+    return tmp_path / "plain.json"
+
+
+def test_settings_of_an_earlier_plan_do_not_stay(folders, plain, capsys):
+    """Only what the user has changed does: values, additions and removals."""
+    _, preprocessed = folders
+    path = preprocessed / "Dataset500_Images" / "nnUNetPlansCVA.json"
+    call("-d", 500, "--preset", "tiny")
+    assert cva(preprocessed)["epochs"] == 4 and cva(preprocessed)["mask_block"] == 8
+    call("-d", 500, "--preset", plain)
+    assert cva(preprocessed) == {} and "kept" not in capsys.readouterr().out
+    call("-d", 500, "--preset", "tiny")
+    plans = json.loads(path.read_text())
+    block = plans["configurations"]["3d_fullres_cva"]["cva"]
+    block.update(seed=3, epochs=9)
+    del block["head_width"]
+    path.write_text(json.dumps(plans))
+    call("-d", 500, "--preset", "tiny")
+    assert cva(preprocessed) == block
+    call("-d", 500, "--preset", plain)
+    assert cva(preprocessed) == {"seed": 3, "epochs": 9}
+    out = capsys.readouterr().out
+    assert 'changes of "cva" were kept: head_width removed, epochs 9, seed 3.' in out
+    assert 'changes of "cva" were kept: epochs 9, seed 3.' in out
+
+
+def test_the_mask_follows_the_view(folders, plain):
+    _, preprocessed = folders
+    call("-d", 500, "--preset", plain, "--view", 32, 32, 32)
+    assert cva(preprocessed) == {"mask_block": 8}
+    call("-d", 500, "--preset", plain, "--view", 64, 64, 64)
+    assert cva(preprocessed) == {}
 
 
 # ---- the view, and what it takes

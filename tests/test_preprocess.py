@@ -27,7 +27,8 @@ from projects import FAST
 from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.datasets import parallel, preprocess
+from nnunetv2_cva.datasets import preprocess
+from nnunetv2_cva.datasets import preprocessed as layout
 from nnunetv2_cva.datasets.inventory import read_rejected
 from nnunetv2_cva.views.index import read_index
 
@@ -248,9 +249,128 @@ def test_several_processes_write_the_same(folders):
     assert result(preprocessed) == expected
 
 
-def test_a_worker_that_is_killed_ends_with_advice():
-    with pytest.raises(ValueError, match="memory ran out. .*fewer processes than -np 2"):
-        parallel.for_each(os._exit, [1], 2, print)
+def test_a_case_whose_process_is_killed_is_listed_and_the_others_go_on(folders, monkeypatch, capsys):
+    """As when memory runs out for one case: here its process is killed, whenever it is tried."""
+    _, preprocessed = folders
+
+    def without_case_2(function, items, processes, done, died):
+        for item in items:
+            done(died(item) if item.case.key == "case_2" else function(item))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "for_each", without_case_2)
+        assert call("preprocess") == 1
+    assert "1 cases could not be preprocessed" in capsys.readouterr().out
+    ((key, reason, _),) = read_rejected(preprocessed / NAME)
+    assert key == "case_2" and "its process was killed, most often because memory ran out" in reason
+    assert call("preprocess") == 0 and read_rejected(preprocessed / NAME) == []
+
+
+def test_a_changed_image_is_preprocessed_again(folders, capsys):
+    raw, preprocessed = folders
+    call("preprocess")
+    times = {p.name: p.stat().st_mtime_ns for p in data(preprocessed).glob("*.b2nd")}
+    before = read(data(preprocessed) / "case_3.b2nd")
+    write(raw / NAME / "imagesTr" / "case_3_0000.nii.gz", voxels(33, (31, 40, 36)), SPACINGS[0])
+    assert call("preprocess") == 0  # planned cases are what they were when they were looked at
+    assert np.array_equal(read(data(preprocessed) / "case_3.b2nd"), before)
+    assert call("plan", "--target", "4", "--view", "16", "24", "16") == 0
+    assert call("preprocess") == 0
+    assert "1 of 7 cases are to be preprocessed" in capsys.readouterr().out
+    index = read_index(data(preprocessed))
+    shape = read(data(preprocessed) / "case_3.b2nd").shape
+    assert shape != before.shape and tuple(index.shapes[list(index.keys).index("case_3")]) == shape
+    changed = {p.name for p in data(preprocessed).glob("*.b2nd") if p.stat().st_mtime_ns != times[p.name]}
+    assert changed == {"case_3.b2nd"}
+
+
+def test_an_image_that_nobody_has_looked_at_is_not_preprocessed(folders):
+    raw, preprocessed = folders
+    write(raw / NAME / "imagesTr" / "case_3_0000.nii.gz", voxels(33, (31, 40, 36)), SPACINGS[0])
+    assert call("preprocess") == 1
+    assert "have changed since plan looked at them: run plan again" in read_rejected(preprocessed / NAME)[0][1]
+
+
+def test_a_damaged_result_is_made_again(folders):
+    _, preprocessed = folders
+    call("preprocess")
+    expected = result(preprocessed)
+    (data(preprocessed) / "case_1.b2nd").write_bytes(b"")
+    assert call("preprocess") == 0 and result(preprocessed) == expected
+
+
+def test_a_part_that_ends_does_not_disturb_one_that_tries_a_failed_case_again(folders, monkeypatch):
+    """Another machine's part ends while case_4, which has failed before, is being written."""
+    _, preprocessed = folders
+    call("preprocess")
+    expected = result(preprocessed)
+    (data(preprocessed) / "case_4.b2nd").unlink()
+    (data(preprocessed) / "case_4.failed").write_text("an earlier run's reason")
+    plans = json.loads((preprocessed / NAME / "nnUNetPlansCVA.json").read_text())
+    target, real, ended = layout.Target(preprocessed / NAME, plans, "3d_fullres_cva"), blosc2.asarray, []
+
+    def meanwhile(*args, **options):
+        array = real(*args, **options)
+        if "urlpath" in options:
+            ended.append(layout.finish(target))
+        return array
+
+    monkeypatch.setattr(preprocess.blosc2, "asarray", meanwhile)
+    assert call("preprocess") == 0
+    assert ended == [None] and result(preprocessed) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "abandoned"),
+    [(f"{layout.HOST}.{os.getpid()}", True), (f"{layout.HOST}.{2**22 + 1}", True), (f"{layout.HOST}.1", False),
+     ("elsewhere.1", False)],
+    ids=["own", "ended", "running", "another host's"],
+)  # fmt: skip
+def test_only_files_of_processes_that_have_ended_are_removed(tmp_path, name, abandoned):
+    """No process has a number above 2**22 (Linux); process 1 always lives; of another machine only age can tell."""
+    partial = tmp_path / f"case.b2nd.{name}.partial"
+    partial.write_bytes(b"")
+    assert layout._abandoned(partial) == abandoned
+    os.utime(partial, (1, 1))
+    assert layout._abandoned(partial) == (abandoned or name == "elsewhere.1")
+
+
+@pytest.mark.parametrize("where", ["blosc2", "list"])
+def test_a_full_disk_stops_with_one_sentence(folders, monkeypatch, capsys, where):
+    _, preprocessed = folders
+
+    real = blosc2.asarray
+
+    def full(*args, **options):
+        if where == "blosc2" and "urlpath" not in options:
+            return real(*args, **options)
+        raise RuntimeError("Error while creating the NDArray") if where == "blosc2" else OSError(28, "No space left on device")
+
+    module, name = (preprocess.blosc2, "asarray") if where == "blosc2" else (layout, "write_index")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        assert call("preprocess") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be written to" in error and "GB are free there. Make room" in error and str(data(preprocessed)) in error
+    assert not list(data(preprocessed).glob("*.failed")) and not list(data(preprocessed).glob("*.partial"))
+    assert call("preprocess") == 0
+
+
+def test_whatever_happens_to_one_case_the_others_go_on(folders, monkeypatch, capsys):
+    _, preprocessed = folders
+    real = DefaultPreprocessor.run_case_npy
+
+    def odd(self, images, *args):
+        if images.shape[1] == 24 + 5:
+            raise ZeroDivisionError("nobody thought of this")
+        return real(self, images, *args)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_npy", odd)
+    assert call("preprocess") == 1
+    assert [row[:2] for row in read_rejected(preprocessed / NAME)] == [
+        ("case_5", "preprocessing: ZeroDivisionError: nobody thought of this")
+    ]
+    assert len(read_index(data(preprocessed)).keys) == 6
 
 
 # ---- what goes wrong
@@ -291,7 +411,7 @@ def test_cases_made_with_other_settings_are_not_mixed(folders, capsys):
 def test_too_little_space_is_noticed_before_writing(folders, monkeypatch, capsys):
     _, preprocessed = folders
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(preprocess.shutil, "disk_usage", lambda _: usage(1000))
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: usage(1000))
     assert call("preprocess") == 2
     assert "7 cases need about" in capsys.readouterr().err and not list(data(preprocessed).iterdir())
 
@@ -299,12 +419,12 @@ def test_too_little_space_is_noticed_before_writing(folders, monkeypatch, capsys
 def test_the_size_is_estimated_from_the_shapes_after_preprocessing(folders):
     _, preprocessed = folders
     plans = json.loads((preprocessed / NAME / "nnUNetPlansCVA.json").read_text())
-    target = preprocess.Target(preprocessed / NAME, plans, "3d_fullres_cva")
-    estimated = preprocess.needed_bytes(target, preprocess.read_accepted(preprocessed / NAME))
+    target = layout.Target(preprocessed / NAME, plans, "3d_fullres_cva")
+    estimated = layout.needed_bytes(target, layout.read_accepted(preprocessed / NAME))
     call("preprocess")
     raw = sum(read(p).nbytes for p in data(preprocessed).glob("*.b2nd"))
-    assert estimated == int(raw * preprocess.TYPICAL_RATIO)
-    assert preprocess.needed_bytes(target, []) == 0
+    assert estimated == int(raw * layout.TYPICAL_RATIO)
+    assert layout.needed_bytes(target, []) == 0
 
 
 def test_the_users_own_splits_stay(folders):
@@ -316,10 +436,30 @@ def test_the_users_own_splits_stay(folders):
     assert json.loads(path.read_text()) == mine
 
 
+def test_the_users_own_splits_are_kept_beside_new_ones_when_the_cases_change(folders, capsys):
+    raw, preprocessed = folders
+    path = preprocessed / NAME / "splits_final.json"
+    ours = json.loads(path.read_text())
+    again = ("plan", "--target", "4", "--view", "16", "24", "16")
+    extra = write(raw / NAME / "imagesTr" / "case_7_0000.nii.gz", voxels(7, (24, 38, 33)))
+    assert call(*again) == 0 and "yours are kept" not in capsys.readouterr().out
+    assert json.loads(path.read_text()) != ours and not list(path.parent.glob("*.bak*"))
+    mine = json.dumps([{"train": [f"case_{i}" for i in range(7)], "val": ["case_7"]}])
+    extra.unlink()
+    for moved in ("splits_final.json.bak", "splits_final.json.bak2"):
+        path.write_text(mine)
+        assert call(*again) == 0
+        assert f"yours are kept in {path.parent / moved}" in capsys.readouterr().out
+        assert (path.parent / moved).read_text() == mine and json.loads(path.read_text()) == ours
+    call("preprocess")
+    assert "yours are kept" not in capsys.readouterr().out
+
+
 def test_unplanned_datasets_are_not_preprocessed(folders, capsys):
     raw, preprocessed = folders
     assert main.main(["preprocess", "-d", "Dataset999_None"]) == 2 and "plan -d Dataset999_None" in capsys.readouterr().err
     assert call("preprocess", "-part", 2, "-parts", 2) == 2 and "from 0 to 1" in capsys.readouterr().err
+    assert call("preprocess", "-parts", 0) == 2 and "expected -parts 1 or more" in capsys.readouterr().err
     assert call("preprocess", "-c", "nope") == 2 and "Expected one of 3d_fullres, 3d_fullres_cva" in capsys.readouterr().err
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_cva.commands.gather import dataset_of, preprocessed_folder, read_plans
-from nnunetv2_cva.commands.plan import PLANS
+from nnunetv2_cva.commands.plan import PLANS, positive
 
 if TYPE_CHECKING:
-    from nnunetv2_cva.datasets.pictures import Sheet
+    from nnunetv2_cva.config import CVAConfig
+    from nnunetv2_cva.datasets.pictures import Sheet, ShownPair
+    from nnunetv2_cva.datasets.written import Recipe
     from nnunetv2_cva.views.loader import Cases
 
 HELP = "Show what is in a pretraining dataset: a table, a contact sheet, and views as the network gets them."
 CONTACT_SHEET, VIEWS = "contact_sheet.png", "views.png"
+LISTED = 10  # rejected files per reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-p", dest="plans", default=PLANS, metavar="NAME", help=f"plans (default {PLANS})")
     add("-c", dest="configuration", default="3d_fullres_cva", metavar="NAME", help="configuration (default 3d_fullres_cva)")
     add("-o", dest="output", metavar="FOLDER", help="where the pictures go (default: the dataset's preprocessed folder)")
-    add("--cases", type=int, default=40, metavar="N", help="cases on the contact sheet (default 40, evenly spread)")
-    add("--pairs", type=int, default=6, metavar="N", help="pairs of views (default 6)")
+    add("--cases", type=positive, default=40, metavar="N", help="cases on the contact sheet (default 40, evenly spread)")
+    add("--pairs", type=positive, default=6, metavar="N", help="pairs of views (default 6)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
     _print_table(folder, data)
     cases = _preprocessed(data)
     sheets = _of_images(folder, args.cases) if cases is None else _of_cases(cases, args.cases, configuration)
-    contact_sheet(sheets, output / CONTACT_SHEET)
-    print(f"Wrote {output / CONTACT_SHEET}: {len(sheets)} {'images as they are' if cases is None else 'preprocessed cases'}.")
+    if sheets:
+        contact_sheet(sheets, output / CONTACT_SHEET)
+        print(f"Wrote {output / CONTACT_SHEET}: {len(sheets)} {'images as they are' if cases is None else 'preprocessed cases'}.")
     if cases is None:
         print(f"No preprocessed cases in {data} yet, so no {VIEWS}. Run `nnUNetv2_cva preprocess -d {folder.name}` first.")
     else:
-        _draw_views(args, plans, cases, configuration, output / VIEWS)
+        _draw_views(args, folder, plans, cases, configuration, output / VIEWS)
     return 0
 
 
@@ -68,11 +72,11 @@ def _preprocessed(data: Path) -> Cases | None:
 
 
 def _print_table(folder: Path, data: Path) -> None:
-    from nnunetv2_cva.datasets.inventory import CASES, read_accepted, read_rejected
+    from nnunetv2_cva.datasets.inventory import CASES, read_accepted
     from nnunetv2_cva.views.index import read_index
 
     form = "{:28} {:>6} {:>8}  {:40} {:38} {}"
-    index, rejected = read_index(data), read_rejected(folder)
+    index = read_index(data)
     if (folder / CASES).is_file():
         found = read_accepted(folder)
         print(
@@ -84,15 +88,29 @@ def _print_table(folder: Path, data: Path) -> None:
             of = [f for f in found if f.dataset == name]
             low, high = (end(c[which] for f in of for c in f.intensities) for end, which in ((min, "min"), (max, "max")))
             shapes, spacings = _range([f.shape for f in of], ".0f"), _range([f.spacing for f in of], ".3g")
-            print(form.format(name, len(of), len(of[0].files), shapes, spacings, f"{low:g} to {high:g}"))
+            print(form.format(name, len(of), of[0].channels, shapes, spacings, f"{low:g} to {high:g}"))
     if index is not None:
         print(form.format("preprocessed", "cases", "channels", "shape: min, median, max", "", "").rstrip())
         for code, name in enumerate(index.datasets):
             shapes = index.shapes[index.dataset_of == code]
             print(form.format(name, len(shapes), shapes[0][0], _range(shapes[:, 1:], ".0f"), "", "").rstrip())
-    print(f"rejected: {len(rejected)}")
-    for reason, count in Counter(reason.split(":")[0].split(" of ")[0] for _, reason, _ in rejected).most_common():
-        print(f"  {count:6}  {reason}")
+    _print_rejected(folder)
+
+
+def _print_rejected(folder: Path) -> None:
+    """Every reason, the most frequent first, with the first files that have it."""
+    from nnunetv2_cva.datasets.inventory import REJECTED, read_rejected
+
+    reasons: dict[str, list[str]] = {}
+    for _, reason, path in read_rejected(folder):
+        reasons.setdefault(reason.split(":")[0].split(" of ")[0], []).append(path)
+    print(f"rejected: {sum(map(len, reasons.values()))}")
+    for reason, paths in sorted(reasons.items(), key=lambda r: -len(r[1])):
+        print(f"  {len(paths):6}  {reason}")
+        for path in paths[:LISTED]:
+            print(f"          {path.encode('utf-8', 'backslashreplace').decode()}")
+        if len(paths) > LISTED:
+            print(f"          and {len(paths) - LISTED} more, in {folder / REJECTED}")
 
 
 def _range(rows: Any, form: str) -> str:
@@ -107,23 +125,42 @@ def _spread(number: int, most: int) -> list[int]:
 
 
 def _of_cases(cases: Cases, most: int, configuration: dict[str, Any]) -> list[Sheet]:
-    import numpy as np
+    from nnunetv2_cva.datasets.pictures import Sheet, three_slices
 
-    from nnunetv2_cva.datasets.pictures import Sheet
+    def sheet(number: int) -> Sheet:
+        key = str(cases.keys[number])
+        case = cases.open(key)
+        return Sheet(_title(key, case.shape), three_slices(case.array, configuration["spacing"]))
 
-    opened = [(str(cases.keys[n]), cases.open(str(cases.keys[n]))) for n in _spread(len(cases), most)]
-    spacing = tuple(configuration["spacing"])
-    return [Sheet(_title(key, case.shape), case.array[0].astype(np.float32), spacing) for key, case in opened]
+    return _readable(sheet, _spread(len(cases), most))
 
 
 def _of_images(folder: Path, most: int) -> list[Sheet]:
     from nnunetv2_cva.datasets.inventory import read_accepted
-    from nnunetv2_cva.datasets.pictures import Sheet
+    from nnunetv2_cva.datasets.pictures import Sheet, three_slices
     from nnunetv2_cva.datasets.reading import read_images
 
     found = read_accepted(folder)
-    chosen = [found[n] for n in _spread(len(found), most)]
-    return [Sheet(_title(f.key, f.shape), read_images(f.files)[0][0], f.spacing) for f in chosen]
+
+    def sheet(number: int) -> Sheet:
+        f = found[number]
+        try:
+            return Sheet(_title(f.key, f.shape), three_slices(read_images(f.files)[0], f.spacing))
+        except ValueError as e:
+            raise ValueError(f"{f.files[0]}: {e}") from None
+
+    return _readable(sheet, _spread(len(found), most))
+
+
+def _readable(make: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+    """What ``make`` makes of those numbers whose case can be read; says which cannot."""
+    made = []
+    for number in numbers:
+        try:
+            made.append(make(number))
+        except (ValueError, RuntimeError) as e:  # blosc2 raises RuntimeError for damaged voxels
+            print(f"WARNING: left out: {' '.join(str(e).split())}")
+    return made
 
 
 def _title(key: str, shape: tuple[int, ...]) -> str:
@@ -131,24 +168,59 @@ def _title(key: str, shape: tuple[int, ...]) -> str:
     return f"{short}  {'x'.join(map(str, shape))}"
 
 
-def _draw_views(args: argparse.Namespace, plans: dict[str, Any], cases: Cases, configuration: dict[str, Any], path: Path) -> None:
-    """The pairs of a training's first step with these settings: loaded, augmented and masked by the training's own code."""
+def _draw_views(
+    args: argparse.Namespace, folder: Path, plans: dict[str, Any], cases: Cases, configuration: dict[str, Any], path: Path
+) -> None:
+    """Pairs of views of cases drawn at random, one after the other, until there are enough."""
+    import numpy as np
+
+    from nnunetv2_cva.config import resolve
+    from nnunetv2_cva.datasets.pictures import view_pairs
+    from nnunetv2_cva.datasets.written import recipe_of
+
+    recipe = recipe_of(folder, args.plans)
+    config = resolve(_config_of(recipe), plans, args.configuration, os.environ)
+    config = config.updated({"consistency_weight": 1.0}, "peek")  # two views, also for a recipe that needs one
+    size = configuration["patch_size"]
+    order = np.random.default_rng(config.seed).permutation(len(cases))
+    pairs: list[ShownPair] = []
+    for number in order[: 2 * args.pairs]:  # some may be damaged
+        if len(pairs) < args.pairs:
+            pairs += _readable(lambda n: _pair(cases, n, size, config, recipe), [int(number)])
+    if pairs:
+        view_pairs(pairs, path)
+        print(f"Wrote {path}: {len(pairs)} pairs of views of {'x'.join(map(str, size))} voxels, what they share framed.")
+
+
+def _config_of(recipe: Recipe) -> CVAConfig:
+    """The settings of a recipe, by nnU-Net's look-up; those of the default one where nnU-Net does not find it."""
+    from nnunetv2_cva.config import CVAConfig
+    from nnunetv2_cva.datasets.written import Recipe
+
+    if recipe.name == Recipe().name:
+        return CVAConfig()
+    from nnunetv2_cva.transfer.target import trainer_class
+
+    try:
+        config: CVAConfig = trainer_class(recipe.name).config
+    except ValueError as e:
+        print(f"NOTE: the views are drawn with the default recipe's settings. {e}")
+        return CVAConfig()
+    return config
+
+
+def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe: Recipe) -> ShownPair:
+    """Loaded, augmented and masked by the training's own code. Raises ValueError for a case that cannot be read."""
     import torch
 
-    from nnunetv2_cva.config import CVAConfig, resolve
-    from nnunetv2_cva.datasets.pictures import ShownPair, view_pairs
+    from nnunetv2_cva.datasets.pictures import ShownPair
+    from nnunetv2_cva.datasets.proposal import TOKEN
     from nnunetv2_cva.training.objective import prepare
     from nnunetv2_cva.views.loader import PairDataset
 
-    config = resolve(CVAConfig(), plans, args.configuration, os.environ)
-    config = config.updated({"consistency_weight": 1.0}, "peek")  # two views, also for a recipe that needs one
-    size, count = configuration["patch_size"], min(args.pairs, len(cases))
-    batch = PairDataset(cases, [str(k) for k in cases.keys], size, config, count, (0, count), config.seed)[0]
-    ready = prepare(batch, config, (config.mask_block,) * 3, torch.device("cpu"), config.seed, 0)
-    pairs = []
-    for b, key in enumerate(batch["keys"]):
-        title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][b]):.2f}"
-        views, visible = ready.views[b::count, 0].numpy(), ready.visible[b::count, 0].numpy()
-        pairs.append(ShownPair(title, views, visible, ready.rois[b::count].numpy()))
-    view_pairs(pairs, path)
-    print(f"Wrote {path}: {count} pairs of views of {'x'.join(map(str, size))} voxels, what they share framed.")
+    key = str(cases.keys[number])
+    batch = PairDataset(cases, [key], size, config, 1, (0, 1), config.seed)[number]
+    block = TOKEN if recipe.is_primus else (config.mask_block,) * 3
+    ready = prepare(batch, config, block, torch.device("cpu"), config.seed, number)
+    title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][0]):.2f}"
+    return ShownPair(title, ready.views[:, 0].numpy(), ready.visible[:, 0].numpy(), ready.rois.numpy())

@@ -6,15 +6,23 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_cva.commands.gather import Images, adopt, check_own, dataset_of, look_at_images, preprocessed_folder, read_plans
+from nnunetv2_cva.commands.following import (
+    CONFIGURATION,
+    PLANS,
+    by,
+    checked_for_targets,
+    say_next,
+    warn_of_kept,
+    write_into_targets,
+)
+from nnunetv2_cva.commands.gather import Images, check_own, dataset_of, gather, preprocessed_folder, read_plans
+from nnunetv2_cva.commands.viewing import PAPERS_BATCH, add_configuration
 
 if TYPE_CHECKING:
-    from nnunetv2_cva.config import CVAConfig
     from nnunetv2_cva.datasets.targets import FineTuned
+    from nnunetv2_cva.datasets.written import Recipe
 
 HELP = "Look at images without labels and plan a pretraining on them."
-PLANS, CONFIGURATION, RECIPE = "nnUNetPlansCVA", "3d_fullres", "nnUNetTrainerCVA"
-PAPERS_BATCH = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         images, "--channels", "files _0000, _0001 of a case: a case each (split, the default), or channels of one case (stack)",
         choices=("split", "stack"),
     )  # fmt: skip
-    _list(images, "--modality", "NAME", "one per channel; CT is normalised as CT, anything else by z-score")
+    _list(images, "--modality", "NAME", "one per channel; CT is normalised as CT, other names by z-score (or as nnU-Net says)")
     _list(images, "--adopt", "FOLDER|D", "use data where it lies: nnssl's folders, or datasets that nnU-Net has preprocessed")
+    _argument(images, "--headers-only", "with --adopt: do not read the voxels (NaN, duplicates)", action="store_true")
     _list(plans, "--target", "D", "datasets that will be fine-tuned; the first one's plans are used")
     _argument(plans, "--target-plans", "which plans of theirs (default nnUNetPlans)", metavar="NAME", default="nnUNetPlans")
     _argument(plans, "--preset", "shipped plans; they are written into the --target datasets, too", metavar="NAME")
@@ -48,8 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """``-np``, with nnU-Net's own default."""
-    default = int(os.environ.get("nnUNet_def_n_proc", 8))
-    _argument(parser, "-np", f"processes (default {default})", dest="processes", type=int, metavar="N", default=default)
+    default = os.environ.get("nnUNet_def_n_proc", "8")
+    about = f"processes (default {default}, of nnUNet_def_n_proc if that is set)"
+    _argument(parser, "-np", about, dest="processes", type=positive, metavar="N", default=default)
+
+
+def positive(text: str) -> int:
+    """For argparse: a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
 
 
 def _argument(parser: Any, flag: str, help: str, **options: Any) -> None:  # noqa: A002
@@ -69,18 +86,30 @@ def run(args: argparse.Namespace) -> int:
     check_own(folder)
     targets = [load_target(t, args.target_plans) for t in args.target]
     if args.keep_plans:
-        plans = read_plans(folder, args.plans)
-        _write_into_targets(args, plans, targets)
-        _say_next(args, plans, targets, targets, RECIPE)
-        return 0
-    images = adopt(args, folder) if args.adopt else look_at_images(args, folder, targets)
-    preset = _preset(args, images, targets)
+        return _keep(args, targets)
+    images = gather(args, folder, targets)
+    preset, recipe = _preset(args, images, targets)
     base, intensities, write_into = _base(args, folder.name, images, targets, preset)
     plans = _plans_for(args, base, folder.name, images, intensities)
-    _add_configuration(args, plans, images, preset)
-    _save(args, plans, images)
-    _write_into_targets(args, plans, write_into)
-    _say_next(args, plans, write_into, targets, preset["preset"]["recipe"] if preset else RECIPE)
+    add_configuration(args, plans, _shapes(args, plans, images), preset, recipe)
+    fixed = checked_for_targets(args, plans, write_into)
+    _save(args, plans, images, recipe)
+    write_into_targets(args, fixed)
+    say_next(args, plans, recipe, bool(images.entries), write_into, targets)
+    return 0
+
+
+def _keep(args: argparse.Namespace, targets: list[FineTuned]) -> int:
+    """The plans that are there, for other targets."""
+    from nnunetv2_cva.datasets.inventory import CASES
+    from nnunetv2_cva.datasets.written import recipe_of
+
+    folder = preprocessed_folder() / dataset_of(args.dataset)
+    plans = read_plans(folder, args.plans)
+    fixed = checked_for_targets(args, plans, targets)
+    warn_of_kept(args, plans, folder, targets)
+    write_into_targets(args, fixed)
+    say_next(args, plans, recipe_of(folder, args.plans), not (folder / CASES).is_file(), targets, targets)
     return 0
 
 
@@ -91,23 +120,28 @@ def _check_combination(args: argparse.Namespace) -> None:
         raise ValueError("--keep-plans writes existing plans into targets: name them with --target.")
     if args.planner and (args.preset or args.target):
         raise ValueError("-pl plans from the images; with --preset or --target nothing is planned.")
-    if args.hold_out is not None and (not args.target or args.adopt):
-        raise ValueError("--hold-out leaves out images of --target from --images: give both.")
+    if args.hold_out is not None and (not args.target or args.keep_plans):
+        raise ValueError("--hold-out leaves out images that a --target validates on: name it, and plan without --keep-plans.")
 
 
-def _preset(args: argparse.Namespace, images: Images, targets: list[FineTuned]) -> dict[str, Any] | None:
-    """The preset that was asked for; for nnssl's data, which is at its spacing, the paper's."""
-    from nnunetv2_cva.datasets.plan import from_preset, normalised_as
+def _preset(args: argparse.Namespace, images: Images, targets: list[FineTuned]) -> tuple[dict[str, Any] | None, Recipe]:
+    """The preset that was asked for; for nnssl's data, which is at its spacing, the paper's. And who trains with it."""
+    from nnunetv2_cva.datasets.plan import from_preset, normalised_as, schemes_of
+    from nnunetv2_cva.datasets.written import Recipe
 
     name = args.preset
     if name is None and images.entries and images.plans is None and not targets:
         name = "ssl3d_resencl"
     if name is None:
-        return None
+        return None, Recipe()
     preset = from_preset(name)
     about = preset["preset"]
-    print(f"Plans: preset {name}. {about['description']} Peak memory: {about['peak_memory']}.")
-    return normalised_as(preset, images.channels) if "CT" in images.channels else preset
+    memory = f" Peak memory: {about['peak_memory']}." if "peak_memory" in about else ""
+    print(f"Plans: preset {name}. {about.get('description', '')}{memory}")
+    recipe = Recipe(about.get("recipe", Recipe.name), about.get("fine_tuning", Recipe.trainer))
+    if images.named or set(schemes_of(images.channels)) != {"ZScoreNormalization"}:
+        preset = normalised_as(preset, images.channels)
+    return preset, recipe
 
 
 def _base(
@@ -135,123 +169,50 @@ def _base(
 def _plans_for(
     args: argparse.Namespace, base: dict[str, Any], name: str, images: Images, intensities: dict[str, Any] | None
 ) -> dict[str, Any]:
-    from nnunetv2_cva.datasets.plan import for_images
+    """``base`` for these images; says what is odd about that."""
+    from nnunetv2_cva.datasets.describe import normalisation_warnings
+    from nnunetv2_cva.datasets.plan import for_images, schemes_of
 
     plans = for_images(base, args.configuration, name, args.plans, len(images.channels), images.found, intensities)
-    spacing = plans["configurations"][args.configuration]["spacing"]
+    configuration = plans["configurations"][args.configuration]
+    asked = schemes_of(images.channels) if images.named else ()
+    for line in normalisation_warnings(configuration["normalization_schemes"], images.found, asked):
+        print(line)
+    spacing = configuration["spacing"]
     if images.spacing is not None and any(abs(a / b - 1) > 0.1 for a, b in zip(images.spacing, spacing)):
-        print(f"WARNING: the cases were preprocessed to {_by(images.spacing)} mm, these plans are for {_by(spacing)} mm.")
+        print(f"WARNING: the cases were preprocessed to {by(images.spacing)} mm, these plans are for {by(spacing)} mm.")
     return plans
 
 
-def _add_configuration(args: argparse.Namespace, plans: dict[str, Any], images: Images, preset: dict[str, Any] | None) -> None:
-    """Add the configuration for pretraining and say what it is."""
-    import numpy as np
+def _shapes(args: argparse.Namespace, plans: dict[str, Any], images: Images) -> list[tuple[int, ...]]:
+    """Of the preprocessed cases."""
+    from nnunetv2_cva.datasets.preprocessed import shape_after
 
-    from nnunetv2_cva.config import CVAConfig
-    from nnunetv2_cva.datasets import plan, proposal
-    from nnunetv2_cva.datasets.preprocess import shape_after
-
-    base = plans["configurations"][args.configuration]
-    shapes = [e.shape[1:] for e in images.entries] or [shape_after(f, plans, base["spacing"]) for f in images.found]
-    given = preset["configurations"].get(args.configuration + plan.SUFFIX, {}) if preset else {}
-    config = CVAConfig().updated(given.get("cva", {}), "preset")
-    tokens = preset is not None and "Primus" in preset["preset"]["recipe"]
-    step = proposal.TOKEN if tokens else proposal.strides(base["architecture"])
-    view, found = _view(args.view, given.get("patch_size"), shapes, base["patch_size"], step, config)
-    block = {**proposal.method_block(view), **given.get("cva", {})}
-    trained_on = len(shapes) - min(config.probe_cases, len(shapes) // 10)
-    batch = args.batch_size or min(given.get("batch_size", PAPERS_BATCH), trained_on)
-    name = plan.add_pretraining(plans, args.configuration, view, batch, block)
-    print(
-        f"{args.configuration}: spacing {_by(base['spacing'])} mm, median case {_by(np.median(shapes, axis=0))} voxels, "
-        f"patch {_by(base['patch_size'])}.\n{name}: view {_by(view)}, {batch} cases per step"
-        f"{f', {block}' if block else ''}. {found}"
-    )
-    if found.fits < proposal.ENOUGH * found.cases:
-        other, better = proposal.propose_view(shapes, view, step, config)
-        remedy = f"--view {_by(other).replace('x', ' ')} fits into {better.fits}." if other != tuple(view) else ""
-        few = f"{found.cases - found.fits} of {found.cases} cases"
-        print(f"WARNING: in {few} two views of this size overlap more than configured. {remedy}")
-    memory = None if tokens else proposal.estimate_memory(base["architecture"], view, batch, len(images.channels), config)
-    print(memory or "GPU memory: no estimate for this network.")
+    spacing = plans["configurations"][args.configuration]["spacing"]
+    return [e.shape[1:] for e in images.entries] or [shape_after(f, plans, spacing) for f in images.found]
 
 
-def _view(
-    asked: Any, preset: Any, shapes: list[tuple[int, ...]], largest: Any, step: tuple[int, ...], config: CVAConfig
-) -> tuple[tuple[int, ...], Any]:
-    """The view that was asked for, is the preset's or is proposed, and how much room the cases leave for two of them."""
-    from nnunetv2_cva.datasets import proposal
-
-    if asked and any(n % s for n, s in zip(asked, step)):
-        raise ValueError(f"--view {_by(asked)}: expected multiples of {_by(step)}, the network's strides.")
-    given = asked or preset
-    if not given:
-        return proposal.propose_view(shapes, largest, step, config)
-    return tuple(given), proposal.room(shapes, given, config)
-
-
-def _by(numbers: Any) -> str:
-    return "x".join(f"{n:.4g}" for n in numbers)
-
-
-def _save(args: argparse.Namespace, plans: dict[str, Any], images: Images) -> None:
+def _save(args: argparse.Namespace, plans: dict[str, Any], images: Images, recipe: Recipe) -> None:
     """Everything that nnU-Net looks for in the dataset's folder."""
-    from nnunetv2_cva.datasets import describe, plan
+    from nnunetv2_cva.datasets import describe
     from nnunetv2_cva.datasets.inventory import write_json
-    from nnunetv2_cva.datasets.preprocess import update_splits
+    from nnunetv2_cva.datasets.written import save_plans, save_splits
     from nnunetv2_cva.views.index import write_index
 
     folder = preprocessed_folder() / plans["dataset_name"]
-    path = plan.save(plans, folder)
+    kept = save_plans(plans, folder, recipe)
+    if kept:
+        listed = ", ".join(f"{k} {'removed' if v is None else v}" for k, v in kept.items())
+        print(f'Your own changes of "cva" were kept: {listed}. Delete them from {args.plans}.json to plan without them.')
     write_json(folder / "dataset.json", describe.dataset_json(folder.name, images.channels, images.found or images.entries))
     if images.found:
         write_json(folder / "dataset_fingerprint.json", describe.fingerprint(images.found))
-        update_splits(folder, [(f.key, f.subject) for f in images.found])
     else:
         base = plans["configurations"][args.configuration]
         spacing = images.spacing or base["spacing"]
         write_json(folder / "dataset_fingerprint.json", describe.fingerprint_of_preprocessed(images.entries, spacing, plans))
-        update_splits(folder, images.subjects)
         write_index(folder / base["data_identifier"], images.entries, images.root)
-    print(f"Wrote {path}, and dataset.json, dataset_fingerprint.json and splits_final.json beside it.")
-
-
-def _write_into_targets(args: argparse.Namespace, plans: dict[str, Any], write_into: list[FineTuned]) -> None:
-    """The fixed plans into the targets that need them."""
-    from nnunetv2_cva.datasets.plan import resolved
-    from nnunetv2_cva.datasets.targets import fixed_plans, write_fixed_plans
-
-    fixed = resolved(plans, args.configuration)["spacing"]
-    for target in write_into:
-        path = write_fixed_plans(fixed_plans(plans, args.configuration, target, args.configuration), target)
-        print(f"Wrote the same network and spacing, with {target.name}'s own normalisation, into {path}.")
-        own = resolved(target.plans, args.configuration)["spacing"]
-        if any(not 0.5 <= a / b <= 2 for a, b in zip(fixed, own)):
-            print(f"NOTE: {target.name} by itself is planned at {_by(own)} mm, these plans at {_by(fixed)} mm.")
-
-
-def _say_next(
-    args: argparse.Namespace, plans: dict[str, Any], write_into: list[FineTuned], targets: list[FineTuned], recipe: str
-) -> None:
-    """What to type for the pretraining and for every fine-tuning after it."""
-    from nnunetv2_cva.datasets.plan import SUFFIX
-
-    name, configuration = plans["dataset_name"], args.configuration + SUFFIX
-    options = "" if args.plans == PLANS else f" -p {args.plans}"
-    options += "" if args.configuration == CONFIGURATION else f" -c {configuration}"
-    print("Next:")
-    if not args.adopt:
-        print(f"  nnUNetv2_cva preprocess -d {int(name[7:10])}{options}")
-    print(f"  nnUNetv2_train {int(name[7:10])} {configuration} all -tr {recipe} -p {args.plans}")
-    weights = f"$nnUNet_results/{name}/{recipe}__{args.plans}__{configuration}/fold_all/checkpoint_final.pth"
-    channels = len(plans["foreground_intensity_properties_per_channel"])
-    for target in targets:
-        chosen = args.plans if target in write_into else args.target_plans
-        print(f"After that, for {target.name}:")
-        if target.channels != channels:
-            print(f"  It has {target.channels} channels, the pretraining {channels}: adapt the weights to it first.")
-        if target in write_into:
-            print(f"  nnUNetv2_preprocess -d {int(target.name[7:10])} -plans_name {chosen} -c {args.configuration}")
-        train = f"nnUNetv2_train {int(target.name[7:10])} {args.configuration} 0 -p {chosen}"
-        print(f"  {train} -pretrained_weights {weights}")
+    moved = save_splits(folder, images.subjects or [(f.key, f.subject) for f in images.found])
+    if moved:
+        print(f"WARNING: splits_final.json had other cases than there are now. New ones were written; yours are kept in {moved}.")
+    print(f"Wrote {folder / args.plans}.json, and dataset.json, dataset_fingerprint.json and splits_final.json beside it.")

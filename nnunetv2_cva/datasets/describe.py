@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,28 +21,48 @@ GRID = 4001
 CT_AIR = -900  # Hounsfield units; nothing else than CT is regularly this low
 
 
-def channel_names(modalities: Sequence[str], found: Sequence[Finding]) -> list[str]:
-    """One per channel; nnU-Net chooses the normalisation by them: ``CT`` for CT, z-score for any other name.
+def channel_names(given: Sequence[str], told: Collection[str], channels: int) -> list[str]:
+    """A name per channel, by which nnU-Net chooses the normalisation: ``CT`` for CT, z-score for most others.
 
-    ``modalities``: as the user gave them for the whole dataset, else empty; then what the sources say, where all cases agree.
+    ``given``: by the user for the whole dataset, else empty; then ``told``, the cases' own (``;`` between channels), where all
+    agree.
 
     Raises:
-        ValueError: not one name per channel.
+        ValueError: not one given name per channel.
     """
-    channels = len(found[0].files)
-    if modalities:
-        if len(modalities) != channels:
-            raise ValueError(f"--modality {' '.join(modalities)}: expected {channels} name(s), one per channel.")
-        return list(modalities)
-    told = {f.modality for f in found}
-    if len(told) == 1 and "" not in told:
-        return told.pop().split(";")
+    if given:
+        if len(given) != channels:
+            raise ValueError(f"--modality {' '.join(given)}: expected {channels} name(s), one per channel.")
+        return list(given)
+    names = next(iter(told)).split(";") if len(told) == 1 else []
+    if len(names) == channels and all(names):
+        return names
     return ["image"] if channels == 1 else [f"image{c}" for c in range(channels)]
 
 
-def looks_like_ct(found: Sequence[Finding]) -> int:
-    """How many cases have air at about -1000."""
-    return sum(all(c["min"] <= CT_AIR for c in f.intensities) for f in found)
+def normalisation_warnings(schemes: Sequence[str], found: Sequence[Finding], asked: Sequence[str] = ()) -> list[str]:
+    """What is odd about normalising these images, channel by channel, by ``schemes``; ``asked``: what the user wanted instead."""
+    lines = []
+    if asked and list(asked) != list(schemes):
+        lines.append(
+            f"WARNING: --modality asks for {', '.join(asked)}, but these plans have {', '.join(schemes)}, as the target has. "
+            "Plan from the images or a preset (without --target alone) to have it otherwise."
+        )
+    for channel, scheme in enumerate(schemes):
+        ct = sum(f.intensities[channel]["min"] <= CT_AIR for f in found)
+        of = f" in channel {channel}" if len(schemes) > 1 else ""
+        if scheme == "CTNormalization" and ct < len(found):
+            lines.append(
+                f"WARNING: {len(found) - ct} of {len(found)} cases do not look like CT{of} (no air at -1000) and will be clipped "
+                "and scaled as CT all the same, which spoils MR. Give what is no CT a dataset of its own, planned without "
+                "--modality CT and without a target of CT."
+            )
+        elif scheme != "CTNormalization" and ct:
+            lines.append(
+                f"NOTE: {ct} of {len(found)} cases look like CT{of} (air at -1000) and will be normalised by {scheme}, as MR is. "
+                "For CT's normalisation make them a dataset of their own with --modality CT."
+            )
+    return lines
 
 
 def dataset_json(name: str, channels: Sequence[str], cases: Sequence[Finding] | Sequence[Entry]) -> dict[str, Any]:
@@ -65,7 +85,7 @@ def fingerprint(found: Sequence[Finding]) -> dict[str, Any]:
         "spacings": [list(f.spacing) for f in found],
         "shapes_after_crop": [list(f.cropped) for f in found],
         "foreground_intensity_properties_per_channel": {
-            str(c): pooled([f.intensities[c] for f in found]) for c in range(len(found[0].files))
+            str(c): pooled([f.intensities[c] for f in found]) for c in range(found[0].channels)
         },
         "median_relative_size_after_cropping": float(np.median(relative)),
     }

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_cva.datasets.reading import Unusable, check_geometry, not_finite, read_images
+from nnunetv2_cva.datasets.formats import Unusable, not_finite, one_line
+from nnunetv2_cva.datasets.reading import check_geometry, read_images
 from nnunetv2_cva.datasets.sources import Candidate
 
+TOO_LARGE = "does not fit into memory"
+KILLED = "reading it ended the process, most often because memory ran out"
 LABEL_MAP_VALUES = 16  # an "image" with no more different values, all whole numbers, is a segmentation
 STATISTICS_SIZE = 64  # voxels per axis that intensity statistics are taken from
 # Where the distribution of the body's intensities is noted: dense at the tails, which nnU-Net clips CT at.
@@ -27,7 +30,8 @@ class Finding:
     """What was found in one case. ``reason`` is empty for a case that can be used; the rest is then filled in.
 
     ``stamp``: size and time of change of every file; ``shape``, ``cropped``: voxels in the reader's axis order, before and after
-    cropping to what is not zero; ``content``: hash of the voxels; ``intensities``: one entry per channel, of the body.
+    cropping to what is not zero; ``content``: hash of the voxels; ``intensities``: one entry per channel, of the body. Of a case
+    that is preprocessed already there are ``shape``, with its channels in front, and, if its voxels were read, ``content``.
     """
 
     key: str
@@ -42,6 +46,20 @@ class Finding:
     cropped: tuple[int, ...] = ()
     content: str = ""
     intensities: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if len(self.shape) == 4 else len(self.files)
+
+    @property
+    def identity(self) -> str:
+        """By which a case is recognised under another name: its content, where that is known."""
+        return self.content or self.key
+
+    @property
+    def settled(self) -> bool:
+        """Whether looking again would find the same, as long as the files do not change."""
+        return self.reason not in (TOO_LARGE, KILLED)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,31 +86,47 @@ def stamp_of(files: Sequence[str]) -> tuple[tuple[int, int], ...]:
     return tuple(stamps)
 
 
-def inspect_case(candidate: Candidate) -> Finding:
-    """Read the case and describe it; never raises for a bad file."""
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+def looked_at(candidate: Candidate, describe: Callable[[Candidate], dict[str, Any]]) -> Finding:
+    """The case with what ``describe`` says about it, or with the reason why it cannot be used; never raises for a bad file."""
     c = candidate
     finding = Finding(c.key, c.files, c.dataset, c.subject, c.modality, stamp_of(c.files))
     try:
-        images, properties = read_images(candidate.files)
-        spacing = tuple(float(s) for s in properties["spacing"])
-        check_geometry(images.shape[1:], spacing)
-        for image in images:
-            _check_voxels(image)
+        return replace(finding, **describe(candidate))
     except Unusable as e:
         return replace(finding, reason=str(e))
     except MemoryError:
-        return replace(finding, reason="does not fit into memory")
+        return replace(finding, reason=TOO_LARGE)
+    except Exception as e:  # noqa: BLE001  whatever is odd about one case, the others go on
+        return replace(finding, reason=f"{type(e).__name__}: {one_line(e)}")
+
+
+def killed(candidate: Candidate) -> Finding:
+    """The finding of a case whose reading ended the process."""
+    c = candidate
+    return Finding(c.key, c.files, c.dataset, c.subject, c.modality, stamp_of(c.files), KILLED)
+
+
+def inspect_case(candidate: Candidate) -> Finding:
+    """Read the images of the case and describe them; never raises for a bad file."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    return looked_at(candidate, _describe)
+
+
+def _describe(candidate: Candidate) -> dict[str, Any]:
+    images, properties = read_images(candidate.files)
+    spacing = tuple(float(s) for s in properties["spacing"])
+    check_geometry(images.shape[1:], spacing)
+    for image in images:
+        _check_voxels(image)
     box = nonzero_box(images)
     inner = images[(slice(None), *[slice(a, b) for a, b in box])]
-    return replace(
-        finding,
-        shape=tuple(images.shape[1:]),
-        spacing=spacing,
-        cropped=tuple(b - a for a, b in box),
-        content=content_hash(images),
-        intensities=tuple(_intensities(image) for image in inner),
-    )
+    return {
+        "shape": tuple(images.shape[1:]),
+        "spacing": spacing,
+        "cropped": tuple(b - a for a, b in box),
+        "content": content_hash(images),
+        "intensities": tuple(_intensities(image) for image in inner),
+    }
 
 
 def nonzero_box(images: np.ndarray) -> list[tuple[int, int]]:
@@ -120,7 +154,7 @@ def _check_voxels(image: np.ndarray) -> None:
     some = np.unique(coarse(image))
     if len(some) <= LABEL_MAP_VALUES and not (some % 1).any():
         values = np.unique(image)
-        if len(values) <= LABEL_MAP_VALUES:
+        if len(values) <= LABEL_MAP_VALUES and not (values % 1).any():
             raise Unusable(f"looks like a segmentation: only {len(values)} different values, all whole numbers")
 
 
@@ -130,8 +164,10 @@ def coarse(image: np.ndarray) -> np.ndarray:
 
 
 def _intensities(image: np.ndarray) -> dict[str, Any]:
-    """Of the body, seen on a coarse grid."""
+    """Of the body, seen on a coarse grid. ``image`` is cropped. Raises Unusable when there is next to nothing to see."""
     voxels = coarse(image)
+    if voxels.min() == voxels.max():
+        raise Unusable(f"all or nearly all voxels that are not air are {float(voxels.flat[0]):g}")
     body = voxels[enclosed(voxels > otsu(voxels))]
     quantiles = np.quantile(body, QUANTILES)
     return {

@@ -11,14 +11,15 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_cva.datasets.inspect import Finding, inspect_case, stamp_of
+from nnunetv2_cva.datasets.inspect import Finding, inspect_case, killed, stamp_of
 from nnunetv2_cva.datasets.parallel import for_each
-from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
+from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates, channel_numbers
 
 SOURCES, INSPECTION, CASES, REJECTED = "cva_sources.json", "cva_inspection.jsonl", "cases.csv", "rejected.csv"
 
@@ -32,50 +33,53 @@ class Inventory:
 
     @property
     def channels(self) -> int:
-        return len(self.accepted[0].files)
+        return self.accepted[0].channels
+
+    def without(self, identities: Collection[str], reason: str) -> Inventory:
+        """These cases rejected, too."""
+        out = tuple(replace(f, reason=reason) for f in self.accepted if f.identity in identities)
+        kept = tuple(f for f in self.accepted if f.identity not in identities)
+        return Inventory(kept, tuple(sorted(self.rejected + out, key=lambda f: f.key)))
 
 
 def take_inventory(
     folder: Path, sources: Sources, own: str, processes: int, started: Callable[[int], Any], tick: Callable[[], Any]
 ) -> Inventory:
-    """Look at every case of the sources that has not been looked at, and write the lists into ``folder``.
+    """Look at every case of the sources that has not been looked at. The lists in ``folder`` stay as they are (``save_lists``).
 
     ``started(n)`` is told how many cases have to be read, ``tick()`` is called after each.
 
     Raises:
-        ValueError: no sources, or not one case that can be used.
+        ValueError: a folder or table of the sources does not exist or holds no images.
     """
     known = {files: f.key for files, f in read_findings(folder).items() if f.key}
     found = candidates(sources, own, known)
+    looked = look_at(inspect_case, found, folder, processes, started, tick)
+    used = {row["case"] for row in _rows(folder / CASES)}
+    return sorted_out([looked[c.files].of(c) for c in found], sources.channels == "stack", used)
+
+
+def save_lists(folder: Path, sources: Sources, inventory: Inventory, cases: bool = True) -> None:
+    """Write ``cases.csv`` (unless the cases are preprocessed already), ``rejected.csv`` and the sources.
+
+    Raises:
+        ValueError: not one case that can be used.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SOURCES, sources.as_dict())
-    looked = look_at(found, folder, processes, started, tick)
-    inventory = _sorted_out([looked[c.files].of(c) for c in found])
-    _write_lists(folder, inventory)
+    if inventory.accepted:
+        write_json(folder / SOURCES, sources.as_dict())
+        if cases:
+            _write_cases(folder, inventory.accepted)
+    write_rejected(folder, ((f.key, f.reason, ";".join(f.files)) for f in inventory.rejected))
     if not inventory.accepted:
-        raise ValueError(f"None of {len(found)} cases can be used; {folder / REJECTED} has the reasons.")
-    return inventory
-
-
-def hold_out(folder: Path, sources: Sources, inventory: Inventory, keys: set[str]) -> Inventory:
-    """The inventory without these cases, which are noted as rejected, and in the sources: they stay out."""
-    out = tuple(replace(f, reason="held out: a target validates on it") for f in inventory.accepted if f.key in keys)
-    kept = Inventory(
-        tuple(f for f in inventory.accepted if f.key not in keys),
-        tuple(sorted(inventory.rejected + out, key=lambda f: f.key)),
-    )
-    if not kept.accepted:
-        raise ValueError("--hold-out leaves no image to pretrain on.")
-    _write_lists(folder, kept)
-    contents = tuple(sorted({f.content for f in out}))
-    write_json(folder / SOURCES, replace(sources, held_out=contents).as_dict())
-    return kept
+        raise ValueError(f"None of {len(inventory.rejected)} cases can be used; {folder / REJECTED} has the reasons.")
 
 
 def look_at(
-    cases: Sequence[Candidate], folder: Path, processes: int, started: Callable[[int], Any], tick: Callable[[], Any]
-) -> dict[tuple[str, ...], Finding]:
-    """What is in these cases, by files; reads those that have not been looked at or have changed since."""
+    look: Callable[[Candidate], Finding], cases: Sequence[Candidate], folder: Path, processes: int,
+    started: Callable[[int], Any], tick: Callable[[], Any],
+) -> dict[tuple[str, ...], Finding]:  # fmt: skip
+    """What is in these cases, by files; ``look`` reads those that have not been looked at or have changed since."""
     folder.mkdir(parents=True, exist_ok=True)
     remembered = read_findings(folder)
     todo = [c for c in cases if _outdated(remembered.get(c.files), c)]
@@ -88,7 +92,7 @@ def look_at(
             remembered[finding.files] = finding
             tick()
 
-        for_each(inspect_case, todo, processes, note)
+        for_each(look, todo, processes, note, killed)
     return remembered
 
 
@@ -123,69 +127,84 @@ def read_accepted(folder: Path) -> list[Finding]:
     path = folder / CASES
     if not path.is_file():
         raise ValueError(f"{path} not found: run `nnUNetv2_cva plan -d {folder.name}` first.")
-    findings = read_findings(folder)
+    findings = {";".join(files): finding for files, finding in read_findings(folder).items()}
     accepted = []
-    with open(path, newline="", encoding="utf-8") as f:
-        for row in csv.DictReader(f):
-            finding = findings.get(tuple(row["path"].split(";")))
-            if finding is None:
-                raise ValueError(f"{path}: {row['path']} was never looked at. Run `nnUNetv2_cva plan -d {folder.name}` again.")
-            named = Candidate(row["case"], finding.files, row["dataset"], row["subject"], row["modality"])
-            accepted.append(finding.of(named))
+    for row in _rows(path):
+        finding = findings.get(row["path"])
+        if finding is None:
+            raise ValueError(f"{path}: {row['path']} was never looked at. Run `nnUNetv2_cva plan -d {folder.name}` again.")
+        named = Candidate(row["case"], finding.files, row["dataset"], row["subject"], row["modality"])
+        accepted.append(finding.of(named))
     return sorted(accepted, key=lambda f: f.key)
 
 
 def read_rejected(folder: Path) -> list[tuple[str, str, str]]:
     """(case, reason, path) of every line of ``rejected.csv``."""
-    path = folder / REJECTED
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [(row["case"], row["reason"], row["path"]) for row in csv.DictReader(f)]
+    return [(row["case"], row["reason"], row["path"]) for row in _rows(folder / REJECTED)]
 
 
 def write_rejected(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """``rejected.csv``, from (case, reason, path)."""
     write_table(folder / REJECTED, ("case", "reason", "path"), sorted(rows))
 
 
 def _outdated(finding: Finding | None, candidate: Candidate) -> bool:
-    return finding is None or finding.stamp != stamp_of(candidate.files)
+    return finding is None or not finding.settled or finding.stamp != stamp_of(candidate.files)
 
 
-def _sorted_out(findings: Sequence[Finding]) -> Inventory:
-    """Of cases with the same voxels the first by name is kept; of different numbers of channels the most frequent."""
-    usable = [f for f in findings if not f.reason]
-    counts = [len(f.files) for f in usable]
-    channels = max(sorted(set(counts)), key=counts.count, default=1)
+def sorted_out(findings: Sequence[Finding], stacked: bool, used: Collection[str] = ()) -> Inventory:
+    """Of cases with the same voxels one is kept: the one ``used`` before, else the first by name; of different channels those
+    that most cases have. ``stacked``: whether the files of a case are its channels."""
+
+    def channels(f: Finding) -> tuple[int, ...]:
+        return channel_numbers(f.files) if stacked else tuple(range(f.channels))
+
+    accepted, rejected, usable = [], [], []
+    for f in findings:
+        if f.reason:
+            rejected.append(f)
+        elif len(set(channels(f))) < len(channels(f)):
+            rejected.append(replace(f, reason=f"several files for one channel: {_listed(channels(f))}"))
+        else:
+            usable.append(f)
+    usual = max(sorted({channels(f) for f in usable}), key=Counter(map(channels, usable)).__getitem__, default=())
     first: dict[str, str] = {}
-    accepted, rejected = [], [f for f in findings if f.reason]
-    for f in usable:
-        if len(f.files) != channels:
-            rejected.append(replace(f, reason=f"{len(f.files)} channels, most cases have {channels}"))
-        elif first.setdefault(f.content, f.key) != f.key:
-            rejected.append(replace(f, reason=f"duplicate of {first[f.content]}"))
+    for f in sorted(usable, key=lambda f: (f.key not in used, f.key)):
+        if channels(f) != usual:
+            rejected.append(replace(f, reason=f"channels {_listed(channels(f))}, most cases have channels {_listed(usual)}"))
+        elif first.setdefault(f.identity, f.key) != f.key:
+            rejected.append(replace(f, reason=f"duplicate of {first[f.identity]}"))
         else:
             accepted.append(f)
-    return Inventory(tuple(accepted), tuple(sorted(rejected, key=lambda f: f.key)))
+    return Inventory(tuple(sorted(accepted, key=lambda f: f.key)), tuple(sorted(rejected, key=lambda f: f.key)))
 
 
-def _write_lists(folder: Path, inventory: Inventory) -> None:
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _write_cases(folder: Path, accepted: Sequence[Finding]) -> None:
     rows = (
-        (f.key, f.dataset, f.subject, f.modality, _by(f.shape), _by(f.spacing), f.content, ";".join(f.files))
-        for f in inventory.accepted
+        (f.key, f.dataset, f.subject, f.modality, _by(f.shape), _by(f.spacing), f.content, ";".join(f.files)) for f in accepted
     )
     write_table(folder / CASES, ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path"), rows)
-    write_rejected(folder, ((f.key, f.reason, ";".join(f.files)) for f in inventory.rejected))
 
 
 def _by(numbers: Sequence[float]) -> str:
     return "x".join(f"{n:g}" for n in numbers)
 
 
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a table that ``write_table`` wrote; none where there is no such file."""
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
+            yield from csv.DictReader(f)
+
+
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A csv file, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", newline="", encoding="utf-8") as f:
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names may be in another encoding
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

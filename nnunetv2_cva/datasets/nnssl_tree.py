@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import blosc2
+import numpy as np
 
+from nnunetv2_cva.datasets.formats import Unusable, not_finite, one_line
+from nnunetv2_cva.datasets.inspect import Finding, killed, looked_at
+from nnunetv2_cva.datasets.inventory import Inventory, look_at, sorted_out
 from nnunetv2_cva.datasets.parallel import for_each
 from nnunetv2_cva.datasets.plan import resolved
-from nnunetv2_cva.datasets.reading import one_line
-from nnunetv2_cva.views.index import Entry
+from nnunetv2_cva.datasets.sources import Candidate
 
 NNSSL_PLANS = "nnsslPlans"
 PREFERRED = "onemmiso"
-HEADERS_AT_ONCE = 200
 
 
 @dataclass(frozen=True)
@@ -95,59 +98,81 @@ def open_nnunet(folder: Path, plans_name: str, configuration: str) -> Adopted:
     return Adopted(data, names, tuple(found["spacing"]), plans)
 
 
-def combined(parts: Sequence[Adopted]) -> tuple[str, dict[str, tuple[str, str]]]:
-    """The folder that all lie in, and the names of all cases below it, without ``.b2nd``, with dataset and subject."""
+def combined(parts: Sequence[Adopted]) -> tuple[str, list[Candidate]]:
+    """The folder that all lie in, and the cases below it: named by their paths without ``.b2nd``, in the order of their names."""
     root = os.path.commonpath([p.folder for p in parts])
-    prefixes = [os.path.relpath(p.folder, root) for p in parts]
-    return root, {
-        os.path.normpath(os.path.join(prefix, name)): labels
-        for part, prefix in zip(parts, prefixes, strict=True)
-        for name, labels in part.names.items()
-    }
+    found = {}
+    for part in parts:
+        prefix = os.path.relpath(part.folder, root)
+        for name, (dataset, subject) in part.names.items():
+            key = os.path.normpath(os.path.join(prefix, name))
+            found[key] = Candidate(key, (os.path.join(root, f"{key}.b2nd"),), dataset, subject)
+    return root, [found[key] for key in sorted(found)]
 
 
-def read_entries(
-    root: str, names: dict[str, tuple[str, str]], processes: int, tick: Callable[[int], Any]
-) -> tuple[list[Entry], list[tuple[str, str, str]]]:
-    """An entry for every case whose header can be read, and (case, reason, path) for the others. ``tick(n)`` after n cases."""
-    entries: list[Entry] = []
-    rejected: list[tuple[str, str, str]] = []
+def look_at_cases(
+    cases: Sequence[Candidate], folder: Path, headers_only: bool, processes: int, started: Callable[[int], Any],
+    tick: Callable[[], Any],
+) -> Inventory:  # fmt: skip
+    """Which of the cases can be used. ``headers_only``: without a look at their voxels, so NaN and duplicates are not found.
 
-    def note(found: list[tuple[str, tuple[int, ...], str]]) -> None:
-        for name, shape, reason in found:
-            if reason:
-                rejected.append((name, reason, os.path.join(root, f"{name}.b2nd")))
-            else:
-                entries.append(Entry(name, shape, names[name][0]))
-        tick(len(found))
+    ``folder``: where it is remembered what was looked at. ``started(n)`` is told how many cases have to be read.
+    """
+    if headers_only:
+        found: list[Finding] = []
+        started(len(cases))
 
-    for_each(_read_headers, _portions(root, sorted(names)), processes, note)
-    channels = [e.shape[0] for e in entries]
-    usual = max(sorted(set(channels)), key=channels.count, default=1)
-    odd = [e for e in entries if e.shape[0] != usual]
-    rejected += [(e.key, f"{e.shape[0]} channels, most cases have {usual}", os.path.join(root, f"{e.key}.b2nd")) for e in odd]
-    return [e for e in entries if e.shape[0] == usual], rejected
+        def note(finding: Finding) -> None:
+            found.append(finding)
+            tick()
 
-
-def _portions(root: str, names: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    for i in range(0, len(names), HEADERS_AT_ONCE):
-        yield root, names[i : i + HEADERS_AT_ONCE]
+        for_each(look_at_header, cases, processes, note, killed)
+        return sorted_out(found, stacked=False)
+    looked = look_at(look_at_case, cases, folder, processes, started, tick)
+    return sorted_out([looked[c.files].of(c) for c in cases], stacked=False)
 
 
-def _read_headers(portion: tuple[str, Sequence[str]]) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, why it cannot be used)."""
-    root, names = portion
-    found: list[tuple[str, tuple[int, ...], str]] = []
-    for name in names:
-        path = os.path.join(root, f"{name}.b2nd")
-        if not name.isprintable():  # a tab or a line break would tear the index
-            found.append((name, (), "its name holds characters that cannot be printed"))
-            continue
-        try:
-            shape = tuple(int(n) for n in blosc2.open(path, mode="r").shape)
-        except Exception as e:  # noqa: BLE001  blosc2 raises many kinds for a damaged file
-            reason = "empty file" if os.path.getsize(path) == 0 else f"unreadable: {one_line(e)}"
-            found.append((name, (), reason))
-            continue
-        found.append((name, shape, "" if len(shape) == 4 and 0 not in shape else f"shape {shape}, expected (channels, i, j, k)"))
-    return found
+def look_at_case(candidate: Candidate) -> Finding:
+    """Shape and content of a preprocessed case, or why it cannot be used; never raises for a bad file."""
+    return looked_at(candidate, _voxels)
+
+
+def look_at_header(candidate: Candidate) -> Finding:
+    """The same without the voxels."""
+    return looked_at(candidate, lambda c: {"shape": _opened(c).shape})
+
+
+def _opened(candidate: Candidate) -> blosc2.NDArray:
+    (file,) = candidate.files
+    if not candidate.key.isprintable():  # a tab or a line break would tear the index
+        raise Unusable("its name holds characters that cannot be printed")
+    blosc2.set_nthreads(1)
+    try:
+        array = blosc2.open(file, mode="r")
+        shape = tuple(int(n) for n in array.shape)
+    except Exception as e:  # noqa: BLE001  blosc2 raises many kinds for a damaged file
+        raise Unusable("empty file" if os.path.getsize(file) == 0 else f"unreadable: {one_line(e)}") from None
+    if len(shape) != 4 or 0 in shape:
+        raise Unusable(f"shape {shape}, expected (channels, i, j, k)")
+    return array
+
+
+def _voxels(candidate: Candidate) -> dict[str, Any]:
+    """Read slab by slab, so that large cases take little memory and the content does not depend on how they are chunked."""
+    array = _opened(candidate)
+    digest, bad = hashlib.sha256(repr(array.shape).encode()), 0
+    for channel in range(array.shape[0]):
+        low, high = np.inf, -np.inf
+        for begin in range(0, array.shape[1], array.chunks[1]):
+            try:
+                slab = np.ascontiguousarray(array[channel, begin : begin + array.chunks[1]], dtype=np.float32)
+            except RuntimeError as e:
+                raise Unusable(f"damaged: {one_line(e)}") from None
+            digest.update(slab.data)
+            bad += slab.size - int(np.count_nonzero(np.isfinite(slab)))
+            low, high = min(low, float(slab.min())), max(high, float(slab.max()))
+        if low == high:
+            raise Unusable(f"all voxels are {low:g}")
+    if bad:
+        raise Unusable(not_finite(bad))
+    return {"shape": tuple(array.shape), "content": digest.hexdigest()}

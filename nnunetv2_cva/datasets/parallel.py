@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -15,44 +15,90 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def for_each(function: Callable[[Item], Result], items: Iterable[Item], processes: int, done: Callable[[Result], None]) -> None:
+def for_each(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    processes: int,
+    done: Callable[[Result], None],
+    died: Callable[[Item], Result],
+) -> None:
     """Call ``done(function(item))`` for every item, in the order in which they finish; ``done`` runs in this process.
 
     ``function`` and the items must be picklable. Never more than a few items per process are in flight, so a long list costs
-    no memory.
+    no memory. When a process is killed (by the system for want of memory, by a reader that aborts), the items that were in
+    flight are done one at a time; ``died(item)`` stands for the result of one whose process is killed even then.
 
     Raises:
-        ValueError: a process was killed from outside.
+        ValueError: no process stays alive, whatever it does.
     """
     if processes <= 1:
         for item in items:
             done(function(item))
         return
-    context = multiprocessing.get_context("spawn")  # as nnU-Net: forking a process that has used torch's threads may hang
-    with ProcessPoolExecutor(processes, context, _begin) as pool:
-        running: set[Future[Result]] = set()
+    waiting = iter(items)
+    while suspects := _until_one_is_killed(function, waiting, processes, done):
+        _one_at_a_time(function, suspects, done, died)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # As nnU-Net: forking a process that has used torch's threads may hang.
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
+
+
+def _until_one_is_killed(
+    function: Callable[[Item], Result], items: Iterator[Item], processes: int, done: Callable[[Result], None]
+) -> list[Item]:
+    """The items that were in flight when a process was killed; none when all are done."""
+    running: dict[Future[Result], Item] = {}
+    with _pool(processes) as pool:
         try:
             for item in items:
-                running.add(pool.submit(function, item))
+                try:
+                    running[pool.submit(function, item)] = item
+                except BrokenProcessPool:
+                    return [*running.values(), item]
                 if len(running) >= 3 * processes:
-                    running = _collect(running, done)
+                    _collect(running, done)
             while running:
-                running = _collect(running, done)
+                _collect(running, done)
         except BrokenProcessPool:
-            raise ValueError(
-                "A worker process was killed, most often because memory ran out. Run the same command again with fewer "
-                f"processes than -np {processes}; what is finished is kept."
-            ) from None
+            return list(running.values())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return []
 
 
-def _collect(running: set[Future[Result]], done: Callable[[Result], None]) -> set[Future[Result]]:
-    finished, rest = wait(running, return_when=FIRST_COMPLETED)
+def _collect(running: dict[Future[Result], Item], done: Callable[[Result], None]) -> None:
+    """Take what is finished out of ``running``. Raises BrokenProcessPool when a process was killed."""
+    finished, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in finished:
-        done(future.result())
-    return rest
+        result = future.result()
+        del running[future]
+        done(result)
+
+
+def _one_at_a_time(
+    function: Callable[[Item], Result], items: Sequence[Item], done: Callable[[Result], None], died: Callable[[Item], Result]
+) -> None:
+    rest = list(items)
+    while rest:
+        with _pool(1) as pool:
+            try:
+                pool.submit(int).result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    "Processes that share the work are killed as soon as they start. Run the same command again with -np 1; what "
+                    "is finished is kept."
+                ) from None
+            while rest:
+                try:
+                    result = pool.submit(function, rest[0]).result()
+                except BrokenProcessPool:
+                    done(died(rest.pop(0)))
+                    break
+                rest.pop(0)
+                done(result)
 
 
 def _begin() -> None:

@@ -21,33 +21,37 @@ BEGIN = "#00c8ff"
 
 @dataclass(frozen=True)
 class Sheet:
-    """One case of the contact sheet. ``image``: (I, J, K), ``spacing`` in mm."""
+    """One case of the contact sheet. ``slices``: (TILE, 3 TILE), as ``three_slices`` makes them."""
 
     title: str
-    image: np.ndarray
-    spacing: tuple[float, ...]
+    slices: np.ndarray
 
 
 def contact_sheet(cases: Sequence[Sheet], path: Path) -> None:
-    """The three middle slices of every case, in millimetres, each case windowed on its own."""
+    """The three middle slices of every case, each case windowed on its own."""
     columns = min(COLUMNS, len(cases))
     rows = -(-len(cases) // columns)
     figure = _figure(4.2 * columns, 1.75 * rows)
     for number, case in enumerate(cases):
         axes = figure.add_subplot(rows, columns, number + 1)
-        axes.imshow(_three_slices(case), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(case.slices, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(case.title, fontsize=6, color="white", pad=2)
         axes.axis("off")
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=100)
 
 
-def _three_slices(case: Sheet) -> np.ndarray:
-    """(TILE, 3 TILE): the middle slice across each axis, fitted into squares of the same scale."""
-    extent = np.multiply(case.image.shape, case.spacing)
+def three_slices(image: Any, spacing: Sequence[float]) -> np.ndarray:
+    """(TILE, 3 TILE): the middle slice across each axis, in millimetres, fitted into squares of the same scale.
+
+    ``image``: (C, I, J, K), an array or a compressed one, of which only these slices of the first channel are read.
+    """
+    shape = image.shape[1:]
+    extent = np.multiply(shape, spacing)
     tiles = []
     for axis in range(3):
-        plane = windowed(np.take(case.image, case.image.shape[axis] // 2, axis))
+        where = (0, *(shape[a] // 2 if a == axis else slice(None) for a in range(3)))
+        plane = windowed(np.asarray(image[where]).reshape(np.delete(shape, axis)))
         size = np.maximum(1, np.rint(np.delete(extent, axis) / extent.max() * (TILE - 4)).astype(int))
         scaled = zoom(plane, size / plane.shape, order=1)[: TILE - 4, : TILE - 4]
         tile = np.zeros((TILE, TILE), np.float32)

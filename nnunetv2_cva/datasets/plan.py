@@ -38,7 +38,7 @@ def presets() -> dict[str, Path]:
 
 
 def from_preset(name: str) -> dict[str, Any]:
-    """A preset's plans, for one channel; ``"preset"`` in them says what it is.
+    """A preset's plans, for one channel; ``"preset"`` in them says what it is (nothing in a plans file of nnU-Net).
 
     Raises:
         ValueError: no such preset.
@@ -47,7 +47,7 @@ def from_preset(name: str) -> dict[str, Any]:
     path = shipped.get(name) or Path(name)
     if name not in shipped and not (path.suffix == ".json" and path.is_file()):
         raise ValueError(f"--preset {name}: expected one of {', '.join(shipped)}, or a plans file (.json).")
-    return json.loads(path.read_text())
+    return {"preset": {}, **json.loads(path.read_text())}
 
 
 def from_fingerprint(
@@ -93,14 +93,18 @@ def _nnunet_folders(folder: Path) -> Iterator[tuple[Path, Path]]:
                 os.environ[key] = value
 
 
+def schemes_of(channels: Sequence[str]) -> list[str]:
+    """The normalisation that nnU-Net gives channels of these names."""
+    return [get_normalization_scheme(c).__name__ for c in channels]
+
+
 def normalised_as(plans: dict[str, Any], channels: Sequence[str]) -> dict[str, Any]:
     """The plans with the normalisation that nnU-Net gives channels of these names."""
     plans = copy.deepcopy(plans)
     for configuration in plans["configurations"].values():
         if "normalization_schemes" in configuration:
-            schemes = [get_normalization_scheme(c) for c in channels]
-            configuration["normalization_schemes"] = [s.__name__ for s in schemes]
-            configuration["use_mask_for_norm"] = [False] * len(schemes)
+            configuration["normalization_schemes"] = schemes_of(channels)
+            configuration["use_mask_for_norm"] = [False] * len(channels)
     return plans
 
 
@@ -161,18 +165,3 @@ def add_pretraining(
         "inherits_from": configuration, "patch_size": [int(n) for n in view], "batch_size": batch_size, "cva": block,
     }  # fmt: skip
     return name
-
-
-def save(plans: dict[str, Any], folder: Path) -> Path:
-    """Write the plans file. As in nnU-Net, configurations that are not planned now survive, and so do the user's own settings
-    in ``"cva"``."""
-    path = folder / f"{plans['plans_name']}.json"
-    if path.is_file():
-        before = json.loads(path.read_text())["configurations"]
-        for name, configuration in plans["configurations"].items():
-            if "cva" in configuration:
-                configuration["cva"] = {**configuration["cva"], **before.get(name, {}).get("cva", {})}
-        plans = {**plans, "configurations": {**before, **plans["configurations"]}}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, plans)
-    return path

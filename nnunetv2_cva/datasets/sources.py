@@ -27,7 +27,8 @@ LONGEST_KEY = 180
 class Sources:
     """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute.
 
-    ``held_out``: content of the images that ``--hold-out`` left out, which stay out until images are given anew.
+    ``adopt``: folders and names of datasets that are preprocessed already, instead of images. ``held_out``: identities of the
+    cases that ``--hold-out`` left out, which stay out until sources are given anew.
     """
 
     images: tuple[str, ...] = ()
@@ -36,13 +37,14 @@ class Sources:
     channels: Literal["split", "stack"] = "split"
     modality: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
+    adopt: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Sources:
-        tuples = {k: tuple(values.get(k, ())) for k in ("images", "exclude", "modality", "held_out")}
+        tuples = {k: tuple(values.get(k, ())) for k in ("images", "exclude", "modality", "held_out", "adopt")}
         return Sources(table=values["table"], channels=values["channels"], **tuples)
 
 
@@ -75,13 +77,14 @@ def candidates(sources: Sources, own: str, known: dict[tuple[str, ...], str]) ->
     ``own``: name of the dataset that is planned; cases from its own raw folder carry no prefix. ``known``: names already given.
 
     Raises:
-        ValueError: a folder or table that does not exist or holds no images.
+        ValueError: a folder or table that does not exist or holds no images, or a row without a path.
     """
     files: dict[str, _File] = {}
     if sources.table is not None:
         files.update((f.path, f) for f in _from_table(Path(sources.table), sources.exclude))
-    for folder in sources.images:
-        found = list(_from_folder(Path(folder), own, sources.exclude))
+    folders = [Path(folder) for folder in sources.images]
+    for folder, label in zip(folders, _labels(folders)):
+        found = list(_from_folder(folder, label, own, sources.exclude))
         if not found:
             raise ValueError(f"No images in {folder}: expected files that nnU-Net reads as volumes ({', '.join(ENDINGS)}).")
         for file in found:
@@ -90,19 +93,26 @@ def candidates(sources: Sources, own: str, known: dict[tuple[str, ...], str]) ->
     return _named(groups, sources.channels == "split", known)
 
 
-def _from_folder(folder: Path, own: str, exclude: Sequence[str]) -> Iterator[_File]:
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The dataset that each folder is: its name, with as many folders above it as tell it from those given earlier."""
+    of: dict[Path, str] = {}
+    for folder in folders:
+        base = folder.parent if folder.name in IMAGE_FOLDERS else folder
+        names = [_clean(n) for n in base.parts if n != base.anchor]
+        choices = ("_".join(names[-n:]) for n in range(1, len(names) + 1))
+        label = next((c for c in choices if c not in of.values()), f"{names[-1] if names else 'images'}_{len(of)}")
+        of.setdefault(base, label)
+    return [of[f.parent if f.name in IMAGE_FOLDERS else f] for f in folders]
+
+
+def _from_folder(folder: Path, label: str, own: str, exclude: Sequence[str]) -> Iterator[_File]:
     """Every image below a folder; where imagesTr or imagesTs stand, only what is in them."""
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: expected a folder or the id of a dataset in nnUNet_raw, found neither.")
-    label = _clean(folder.parent.name if folder.name in IMAGE_FOLDERS else folder.name)
     prefix = "" if label == own else label
     modalities = _channel_names(folder)
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if set(IMAGE_FOLDERS) & set(folders):
-            folders[:] = [f for f in IMAGE_FOLDERS if f in folders]
-            names = []
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(names):
+    for place, names in _folders_below(folder):
+        for name in names:
             path = os.path.join(place, name)
             ending = None if name.startswith(".") else ending_of(name)
             relative = os.path.relpath(path, folder)
@@ -117,6 +127,22 @@ def _from_folder(folder: Path, own: str, exclude: Sequence[str]) -> Iterator[_Fi
             yield _File(path, parts, label, prefix, subject, modality, in_layout)
 
 
+def _folders_below(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for ``folder`` and those below it, links followed, each once, all in order."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it would be followed for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        if set(IMAGE_FOLDERS) & set(folders):
+            folders[:] = [f for f in IMAGE_FOLDERS if f in folders]
+            names = []
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield place, sorted(names)
+
+
 def _channel_names(folder: Path) -> dict[int, str]:
     """Of nnU-Net's dataset.json, where the folder is a raw dataset or imagesTr or imagesTs of one."""
     path = next((p for p in (folder / "dataset.json", folder.parent / "dataset.json") if p.is_file()), None)
@@ -125,7 +151,10 @@ def _channel_names(folder: Path) -> dict[int, str]:
 
 
 def _from_table(table: Path, exclude: Sequence[str]) -> Iterator[_File]:
-    """Every row: ``path`` and optionally ``dataset``, ``subject``, ``modality``; paths relative to the table's folder."""
+    """Every row: ``path`` and optionally ``dataset``, ``subject``, ``modality``; paths relative to the table's folder.
+
+    Rows that name no image of nnU-Net's are cases, too: they are rejected with the other unusable ones.
+    """
     if not table.is_file():
         raise ValueError(f"--table {table}: no such file.")
     with open(table, newline="", encoding="utf-8-sig") as f:
@@ -133,15 +162,16 @@ def _from_table(table: Path, exclude: Sequence[str]) -> Iterator[_File]:
         if "path" not in (rows.fieldnames or ()):
             raise ValueError(f"--table {table}: expected columns path[,dataset][,subject][,modality], found {rows.fieldnames}.")
         for line, row in enumerate(rows, 2):
+            if not row["path"]:
+                raise ValueError(f"--table {table}, line {line}: expected a path in column path, found none.")
             path = os.path.abspath(table.parent / row["path"])
-            ending = ending_of(path)
-            if ending is None:
-                raise ValueError(f"--table {table}, line {line}: {path} is no file that nnU-Net reads as a volume.")
+            ending = ending_of(path) or os.path.splitext(path)[1]
             if _excluded(row["path"], exclude):
                 continue
             label = _clean(row.get("dataset") or table.stem)
             subject = row.get("subject") or ""
-            name = os.path.basename(path)[: -len(ending)]
+            name = os.path.basename(path)
+            name = name[: len(name) - len(ending)]
             parts = (subject, name) if subject and subject not in name else (name,)
             yield _File(path, parts, label, label, subject, row.get("modality") or "", False)
 
@@ -150,13 +180,20 @@ def _excluded(relative: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(relative, p) or fnmatch.fnmatch(os.path.basename(relative), p) for p in patterns)
 
 
+def channel_numbers(files: Sequence[str]) -> tuple[int, ...]:
+    """The channels that the names of a case's files say; 0 for a name without a number."""
+    names = (os.path.basename(f) for f in files)
+    found = (CHANNEL.search(n[: -len(ending_of(n) or "") or None]) for n in names)
+    return tuple(int(number[1]) if number else 0 for number in found)
+
+
 def _stacked(files: Any) -> list[list[_File]]:
     """Files that differ only in their channel number, ordered by it."""
     groups: dict[tuple[str, str], list[_File]] = {}
     for file in files:
         stem = CHANNEL.sub("", file.parts[-1])
         groups.setdefault((os.path.dirname(file.path), stem), []).append(file)
-    return [sorted(group, key=lambda f: f.path) for group in groups.values()]
+    return [sorted(group, key=lambda f: (channel_numbers([f.path]), f.path)) for group in groups.values()]
 
 
 def _named(groups: list[list[_File]], split: bool, known: dict[tuple[str, ...], str]) -> list[Candidate]:
@@ -170,7 +207,7 @@ def _named(groups: list[list[_File]], split: bool, known: dict[tuple[str, ...], 
         parts = first.parts if split and not channel_0 else base
         key = known.get(files) or _key([first.prefix, *parts])
         if taken.setdefault(key, files) != files:
-            key = f"{key[:LONGEST_KEY]}_{hashlib.sha256(files[0].encode()).hexdigest()[:8]}"
+            key = f"{key[:LONGEST_KEY]}_{hashlib.sha256(os.fsencode(files[0])).hexdigest()[:8]}"
             taken[key] = files
         subject = _key([first.prefix, *([first.subject] if first.subject else base)])
         modality = ";".join(f.modality for f in group) if all(f.modality for f in group) else ""

@@ -1,24 +1,18 @@
-"""The datasets that will be fine-tuned: their plans, one fixed plan for several of them, and their held-out images."""
+"""The datasets that will be fine-tuned: their plans, and one fixed plan for several of them."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunetv2_cva.datasets.inspect import Finding
-from nnunetv2_cva.datasets.inventory import look_at, write_json
+from nnunetv2_cva.datasets.inventory import write_json
 from nnunetv2_cva.datasets.plan import PER_DATASET, resolved
-from nnunetv2_cva.datasets.sources import Candidate
 
 
 @dataclass(frozen=True)
@@ -81,93 +75,15 @@ def fixed_plans(fixed: dict[str, Any], configuration: str, target: FineTuned, ow
     return plans
 
 
-def write_fixed_plans(plans: dict[str, Any], target: FineTuned) -> Path:
-    """Into the target's preprocessed folder.
-
-    Raises:
-        ValueError: there are other plans of this name.
-    """
+def check_fixed_plans(plans: dict[str, Any], target: FineTuned) -> None:
+    """Raise ValueError where the target has other plans of this name: they may be in use."""
     path = target.folder / f"{plans['plans_name']}.json"
     if path.is_file() and json.loads(path.read_text()) != plans:
         raise ValueError(f"{path} exists and differs from the plans to be written. Delete it, or plan under another name (-p).")
+
+
+def write_fixed_plans(plans: dict[str, Any], target: FineTuned) -> Path:
+    """Into the target's preprocessed folder; returns the file."""
+    path = target.folder / f"{plans['plans_name']}.json"
     write_json(path, plans)
     return path
-
-
-def validation_images(target: FineTuned) -> list[dict[str, tuple[str, ...]]]:
-    """For every fold, its validation cases with their raw files; by nnU-Net's default split where there is none yet."""
-    raw = Path(nnUNet_raw) / target.name if nnUNet_raw.is_set() else None
-    if raw is None or not raw.is_dir():
-        return []
-    files = _raw_files(raw, target)
-    splits = target.folder / "splits_final.json"
-    if splits.is_file():
-        folds = json.loads(splits.read_text())
-    elif len(files) >= 5:
-        folds = generate_crossval_split([str(k) for k in np.sort(list(files))], seed=12345, n_splits=5)
-    else:
-        return []
-    return [{str(key): files[key] for key in fold["val"] if key in files} for fold in folds]
-
-
-def _raw_files(raw: Path, target: FineTuned) -> dict[str, tuple[str, ...]]:
-    listed = target.dataset.get("dataset")
-    if listed:
-        return {k: tuple(os.path.abspath(raw / os.path.expandvars(i)) for i in v["images"]) for k, v in listed.items()}
-    ending, folder = target.dataset["file_ending"], raw / "imagesTr"
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    keys = sorted({n[: -len(ending) - 5] for n in names if n.endswith(f"_0000{ending}")})
-    return {k: tuple(str(folder / f"{k}_{c:04d}{ending}") for c in range(target.channels)) for k in keys}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Of a fold's ``total`` validation cases of a target, those whose images are pretrained on, there called ``keys``."""
-
-    target: str
-    fold: int
-    total: int
-    cases: tuple[str, ...]
-    keys: frozenset[str]
-
-    def __str__(self) -> str:
-        return (
-            f"WARNING: {len(self.cases)} of {self.total} validation cases of fold {self.fold} of {self.target} are in the "
-            f"pretraining set ({', '.join(self.cases[:3])}{', ...' if len(self.cases) > 3 else ''}): that fold's score is not "
-            f"one on unseen images. --hold-out {self.fold} leaves them out."
-        )
-
-
-def held_out(
-    target: FineTuned,
-    found: Sequence[Finding],
-    folder: Path,
-    processes: int,
-    started: Callable[[int], Any],
-    tick: Callable[[], Any],
-) -> list[HeldOut]:
-    """Per fold, the overlap of the target's validation images and the pretraining images; by their voxels, not by their names.
-
-    ``folder``: where it is remembered what was looked at.
-    """
-    folds = validation_images(target)
-    together = len(found[0].files) == target.channels
-
-    def parts(files: tuple[str, ...]) -> list[tuple[str, ...]]:
-        return [files] if together else [(f,) for f in files]
-
-    groups = {part for fold in folds for files in fold.values() for part in parts(files)}
-    looked = look_at([Candidate("", g, target.name, "") for g in sorted(groups)], folder, processes, started, tick)
-    by_content = {f.content: f.key for f in found}
-    hits = []
-    for number, fold in enumerate(folds):
-        cases, keys = [], set()
-        for case, files in fold.items():
-            contents = [looked[part].content for part in parts(files)]
-            same = {by_content[c] for c in contents if c in by_content}
-            if same:
-                cases.append(case)
-                keys |= same
-        if cases:
-            hits.append(HeldOut(target.name, number, len(fold), tuple(sorted(cases)), frozenset(keys)))
-    return hits

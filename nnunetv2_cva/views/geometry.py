@@ -210,8 +210,8 @@ class Feasibility:
     def __str__(self) -> str:
         low, median, high = self.overlaps
         return (
-            f"The drawn overlap fits into {self.fits} of {self.cases} cases (at least half of the draws); the real overlap of two "
-            f"views will be {median:.2f} (5 %: {low:.2f}, 95 %: {high:.2f})."
+            f"The drawn overlap fits into {self.fits} of {self.cases} cases (at least half of the draws); the real overlap of "
+            f"two views will be {median:.2f} (5 %: {low:.2f}, 95 %: {high:.2f})."
         )
 
 

@@ -1,0 +1,118 @@
+"""Whether images that a target validates on are among those that are pretrained on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunetv2_cva.datasets.inspect import Finding, inspect_case
+from nnunetv2_cva.datasets.inventory import Inventory, look_at
+from nnunetv2_cva.datasets.sources import Candidate
+from nnunetv2_cva.datasets.targets import FineTuned
+
+
+class Unknown(ValueError):
+    """Why a target's validation images cannot be compared with those that are pretrained on."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of a fold's ``total`` validation cases of a target: ``cases`` whose images are pretrained on, under these ``identities``;
+    and how many could not be compared, for their images were not found."""
+
+    target: str
+    fold: int
+    total: int
+    cases: tuple[str, ...]
+    identities: frozenset[str]
+    missing: int
+
+    def __str__(self) -> str:
+        found = (
+            f"{len(self.cases)} of {self.total} validation cases of fold {self.fold} of {self.target} are in the "
+            f"pretraining set ({', '.join(self.cases[:3])}{', ...' if len(self.cases) > 3 else ''}): that fold's score is not "
+            f"one on unseen images. --hold-out {self.fold} leaves them out."
+        )
+        unknown = (
+            f"The images of {self.missing} of {self.total} validation cases of fold {self.fold} of {self.target} were not found "
+            "in nnUNet_raw, so they could not be compared with the pretraining set."
+        )
+        return f"WARNING: {' '.join(([found] if self.cases else []) + ([unknown] if self.missing else []))}"
+
+
+def by_voxels(
+    target: FineTuned, found: Sequence[Finding], folder: Path, processes: int, started: Callable[[int], Any],
+    tick: Callable[[], Any],
+) -> list[HeldOut]:  # fmt: skip
+    """Per fold of the target, the images that are pretrained on, recognised by their voxels, whatever they are called.
+
+    ``folder``: where it is remembered what was looked at.
+
+    Raises:
+        Unknown: the target's images or folds are not there.
+    """
+    raw = Path(nnUNet_raw) / target.name if nnUNet_raw.is_set() else None
+    files = _raw_files(raw, target) if raw is not None and raw.is_dir() else {}
+    if not files:
+        raise Unknown(f"its images are not in nnUNet_raw ({raw or 'which is not set'}).")
+    together = found[0].channels == target.channels
+
+    def parts(case: str) -> list[tuple[str, ...]]:
+        return [files[case]] if together else [(f,) for f in files[case]]
+
+    folds = _folds(target, list(files))
+    there = {case for fold in folds for case in fold if case in files and all(map(os.path.isfile, files[case]))}
+    groups = {part for case in there for part in parts(case)}
+    candidates = [Candidate("", g, target.name, "") for g in sorted(groups)]
+    looked = look_at(inspect_case, candidates, folder, processes, started, tick)
+    pretrained = {f.content for f in found}
+    same = {case: {looked[part].content for part in parts(case)} & pretrained for case in there}
+    return [_held_out(target, n, fold, same, [c for c in fold if c not in there]) for n, fold in enumerate(folds)]
+
+
+def by_name(target: FineTuned, inventory: Inventory) -> list[HeldOut]:
+    """The same for data that nnU-Net has preprocessed: cases of the target's own dataset, by their names.
+
+    Raises:
+        Unknown: no case is the target's; or it has no folds.
+    """
+    same = {os.path.basename(f.key): {f.identity} for f in inventory.accepted if f.dataset == target.name}
+    if not same:
+        raise Unknown("preprocessed cases are recognised by their names, and these are of other datasets.")
+    rejected = {os.path.basename(f.key) for f in inventory.rejected if f.dataset == target.name}
+    return [_held_out(target, n, fold, same, []) for n, fold in enumerate(_folds(target, [*same, *rejected]))]
+
+
+def _held_out(target: FineTuned, number: int, fold: Sequence[str], same: dict[str, set[str]], missing: Sequence[str]) -> HeldOut:
+    hit = sorted(case for case in fold if same.get(case))
+    identities = frozenset(identity for case in hit for identity in same[case])
+    return HeldOut(target.name, number, len(fold), tuple(hit), identities, len(missing))
+
+
+def _folds(target: FineTuned, cases: Sequence[str]) -> list[list[str]]:
+    """The validation cases of every fold: of its splits, else those that nnU-Net would make of ``cases``."""
+    splits = target.folder / "splits_final.json"
+    if splits.is_file():
+        return [list(fold["val"]) for fold in json.loads(splits.read_text())]
+    if len(cases) < 5:
+        raise Unknown("it has no splits_final.json, and fewer than five cases to make nnU-Net's folds of.")
+    folds = generate_crossval_split([str(k) for k in np.sort(list(cases))], seed=12345, n_splits=5)
+    return [[str(case) for case in fold["val"]] for fold in folds]
+
+
+def _raw_files(raw: Path, target: FineTuned) -> dict[str, tuple[str, ...]]:
+    listed = target.dataset.get("dataset")
+    if listed:
+        return {k: tuple(os.path.abspath(raw / os.path.expandvars(i)) for i in v["images"]) for k, v in listed.items()}
+    ending, folder = target.dataset["file_ending"], raw / "imagesTr"
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    keys = sorted({n[: -len(ending) - 5] for n in names if n.endswith(f"_0000{ending}")})
+    return {k: tuple(str(folder / f"{k}_{c:04d}{ending}") for c in range(target.channels)) for k in keys}
