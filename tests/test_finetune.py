@@ -1,14 +1,17 @@
 """Fine-tuning recipes: nnU-Net's trainers with another learning rate, whose checkpoints need nothing of ours."""
 
-import ast
 import inspect
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from networks import primus
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -20,6 +23,10 @@ from nnunetv2_cva.commands.hook import recipes_folder
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.finetune import KEY, VARIABLE, Finetuning, resolve_finetuning
 
+ENTRIES = {
+    "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
+    "trainer_name", "inference_allowed_mirroring_axes",
+}  # fmt: skip
 FAST = {"epochs": 3, "iterations_per_epoch": 1, "warmup_epochs": 2}
 
 
@@ -79,10 +86,8 @@ def test_two_epochs_of_warm_up_then_poly_under_the_stock_name(labelled, recipe, 
     assert type(trainer.optimizer) is (torch.optim.SGD if recipe is FinetuneUNet else torch.optim.AdamW)
     content = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert content["trainer_name"] == stock
-    ours = set(inspect.getsource(Finetuning.save_checkpoint).split('"'))
-    stocks = ast.unparse(ast.parse(inspect.getsource(nnUNetTrainer.save_checkpoint).strip()).body[0]).split("'")
-    assert {k for k in content} <= ours and {k for k in content} <= set(stocks)
-    assert set(content) == {s for s in stocks if s in content}
+    nnUNetTrainer.save_checkpoint(trainer, stocks := str(labelled / "stock.pth"))
+    assert set(content) == set(torch.load(stocks, weights_only=False)) == ENTRIES
     assert not list(Path(trainer.output_folder).glob("*.partial"))
 
 
@@ -109,6 +114,52 @@ def test_prediction_needs_nothing_of_ours(labelled, monkeypatch):
     assert predictor.trainer_name == "nnUNetTrainer"
     image = torch.from_numpy(blosc2.open(str(labelled / "case_00.b2nd"), mode="r")[:])
     assert predictor.predict_logits_from_preprocessed_data(image).shape == (2, *image.shape[1:])
+
+
+WITHOUT_PLUGIN = """
+import sys
+
+class Uninstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("nnunetv2_cva", "trainers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Uninstalled())
+"""  # runs at the start of every Python that has its folder in PYTHONPATH
+PREDICT = """
+import sys
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+predict_entry_point()
+assert not any(name.startswith("nnunetv2_cva") for name in sys.modules)
+try:
+    import nnunetv2_cva
+except ModuleNotFoundError:
+    print("predicted without the plugin")
+"""
+
+
+def test_nnunets_command_predicts_where_the_plugin_is_not_installed(labelled, tmp_path):
+    """In a process of its own, in which nothing of ours can be imported."""
+    settings(labelled.parent, **{**FAST, "epochs": 1})
+    plans = json.loads((labelled.parent / "nnUNetPlans.json").read_text())
+    plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": 0.0}}  # read from raw images on
+    (labelled.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
+    finetune(FinetuneUNet)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
+    (tmp_path / "predict.py").write_text(PREDICT)
+    (tmp_path / "images").mkdir()
+    image = blosc2.open(str(labelled / "case_00.b2nd"), mode="r")[:][0]
+    sitk.WriteImage(sitk.GetImageFromArray(image), str(tmp_path / "images" / "case_0000.nii.gz"))
+    trained = ["-d", NAME, "-c", "3d_fullres", "-tr", "FinetuneUNet", "-f", "all", "-device", "cpu"]
+    options = ["-i", tmp_path / "images", "-o", tmp_path / "out", "-npp", 0, "-nps", 0, "--disable_tta"]
+    command = [sys.executable, tmp_path / "predict.py", *trained, *options]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert "predicted without the plugin" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "case.nii.gz")))
+    assert found.shape == image.shape and set(np.unique(found)) <= {0, 1}
 
 
 def test_the_recipes_are_data_on_nnunets_trainers(monkeypatch):

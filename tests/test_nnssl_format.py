@@ -74,10 +74,11 @@ def test_an_unets_encoder_without_decoder_fills_a_target(tmp_path, prefix):
 
 
 def test_resenc_l_is_known_by_name(tmp_path):
-    shape = {"features": (2, 2, 4, 4, 4, 4), "strides": tuple(map(tuple, RESENC_L["strides"])), "blocks": (1, 1, 1, 1, 1, 1)}
+    strides = ((1, 1, 1), *((2, 2, 2),) * 5)
+    shape = {"features": (2, 2, 4, 4, 4, 4), "strides": strides, "blocks": (1, 1, 1, 1, 1, 1)}
     made = target(view=(32, 32, 64), **shape)
     file = open_mind(tmp_path / "o.pth", made, made.build(), "ResEncL", drop=["decoder."])
-    assert [s.stride for s in read(file).layout.stages] == [tuple(s) for s in RESENC_L["strides"]]
+    assert tuple(s.stride for s in read(file).layout.stages) == strides
 
 
 @pytest.mark.parametrize("stated", ["plan", "pretrain_patch_size"])
@@ -164,21 +165,34 @@ def test_what_was_written_is_read_again(tmp_path):
     assert match(source, target(classes=7).build(), target().view).share("carried") == 1
 
 
+# ResEnc-L as its consumers build it (FORMATS.md, section 1), written out here: not what this package believes it to be.
+STATED_RESENC_L = {
+    "n_stages": 6, "features_per_stage": [32, 64, 128, 256, 320, 320], "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 6, "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5, "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1], "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+}  # fmt: skip
+
+
 def on_meta(build, *args, **kwargs):
     with torch.device("meta"):
         return build(*args, **kwargs)
 
 
 def test_resenc_l_and_primus_m_have_their_names():
-    arguments = {k: pydoc.locate(v) if k in ("conv_op", "norm_op", "nonlin") else v for k, v in RESENC_L.items()}
+    assert RESENC_L == STATED_RESENC_L
+    arguments = {k: pydoc.locate(v) if k in ("conv_op", "norm_op", "nonlin") else v for k, v in STATED_RESENC_L.items()}
     network = on_meta(dna_unet.ResidualEncoderUNet, input_channels=1, num_classes=1, **arguments)
-    settings = {"architecture": {"arch_kwargs": RESENC_L, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}}
+    settings = {
+        "architecture": {"arch_kwargs": STATED_RESENC_L, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}
+    }
     named = {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
     assert architecture(network, settings) == named
     encoder, stem = (network.get_submodule(k).state_dict() for k in (network.key_to_encoder, network.key_to_stem))
     assert (len(encoder), len(stem)) == (440, 8)  # FORMATS.md
 
-    fewer = {**RESENC_L, "n_blocks_per_stage": [1, 3, 4, 6, 6, 5]}
+    fewer = {**STATED_RESENC_L, "n_blocks_per_stage": [1, 3, 4, 6, 6, 5]}
     settings["architecture"]["arch_kwargs"] = fewer
     assert architecture(network, settings)["arch_kwargs"] == fewer
 
@@ -195,14 +209,33 @@ def test_networks_without_a_name_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no name for PrimusV3"):
         architecture(v3, {})
     pretraining(tmp_path / "c.pth", target())
-    assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth", "-d", 4) == 2
-    assert "leave out -d, -c, -p and -tr" in capsys.readouterr().err
     assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "once.pth") == 0
     assert call("export", tmp_path / "once.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 2
     assert "Export from the checkpoint of the training itself" in capsys.readouterr().err
     torch.save({"network_weights": target().build().state_dict()}, tmp_path / "bare.pth")
     assert call("export", tmp_path / "bare.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 2
     assert "does not state plans" in capsys.readouterr().err and not (tmp_path / "n.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("-d", 4), "-d"),
+        (("-tr", "Bogus", "-p", "nnUNetPlans"), "-p, -tr"),
+        (("--source-patch-size", 16, 24, 32, "--allow-partial"), "--source-patch-size, --allow-partial"),
+    ],
+)
+def test_options_without_an_effect_on_this_format_are_refused(tmp_path, capsys, options, named):
+    pretraining(tmp_path / "c.pth", target())
+    assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth", *options) == 2
+    assert f"leave out {named}. Its consumers adapt" in capsys.readouterr().err and not (tmp_path / "n.pth").exists()
+
+
+@pytest.mark.parametrize("plan", [None, [], {}, {"architecture_plans": None, "pretrain_plan": {"configurations": [1]}}])
+def test_what_a_plan_does_not_state_is_no_reason_to_refuse_the_weights(tmp_path, plan, capsys):
+    torch.save({"network_weights": target().build().state_dict(), "nnssl_adaptation_plan": plan}, tmp_path / "a.pth")
+    assert read(tmp_path / "a.pth").layout.stages[1].stride == (2, 2, 2)
+    assert call("info", tmp_path / "a.pth") == 0 and "residual U-Net" in capsys.readouterr().out
 
 
 def test_half_an_encoder_is_not_written(tmp_path):
@@ -218,7 +251,10 @@ def test_half_an_encoder_is_not_written(tmp_path):
 @pytest.mark.slow
 def test_resenc_l_at_full_size(tmp_path):
     made = target(
-        view=(32, 32, 32), features=RESENC_L["features_per_stage"], strides=RESENC_L["strides"], blocks=(1, 3, 4, 6, 6, 6)
+        view=(32, 32, 32),
+        features=(32, 64, 128, 256, 320, 320),
+        strides=((1, 1, 1), *((2, 2, 2),) * 5),
+        blocks=(1, 3, 4, 6, 6, 6),
     )
     network, _ = pretraining(tmp_path / "c.pth", made)
     assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 0
@@ -226,7 +262,7 @@ def test_resenc_l_at_full_size(tmp_path):
     plan = content["nnssl_adaptation_plan"]
     assert plan["architecture_plans"]["arch_class_name"] == "ResEncL"
     assert sum(k.startswith("encoder.stages.") for k in content["network_weights"]) == 440
-    named = {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": RESENC_L}
+    named = {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": STATED_RESENC_L}
     named["arch_kwargs_requiring_import"] = ["conv_op", "norm_op", "nonlin"]
     consumer = network_of({"architecture_plans": named})
     load_strictly(plan, content["network_weights"], consumer)

@@ -1,5 +1,6 @@
 """``export``, ``check`` and ``info``, our own checkpoints as source, and ``init_from``."""
 
+import inspect
 import json
 import os
 import re
@@ -171,16 +172,69 @@ def test_export_for_a_pretraining_trainer(tmp_path, there, monkeypatch):
             ("-d", 4, "-c", "3d_fullres", "-p", "Other"),
             r"no plans 'Other'.*Found: nnUNetPlans.*nnUNetv2_plan_and_preprocess -d 4",
         ),
+        (
+            ("-d", "Dataset099_Bar", "-c", "3d_fullres"),
+            r"No dataset Dataset099_Bar in .*plan_and_preprocess -d 99 makes",
+        ),
+        (("-d", "", "-c", "3d_fullres"), r"expected the number or the name of a dataset.*found ''"),
+        (("-d", "Foo", "-c", "3d_fullres"), r"expected the number or the name of a dataset.*found 'Foo'"),
+        (("-d", "/data/Dataset004_Other", "-c", "3d_fullres"), r"expected the number or .*found '/data/Dataset004_Other'"),
+        (("-d", "Dataset004_*", "-c", "3d_fullres"), r"No dataset Dataset004_\* in"),
+        (("-d", 4, "-c", "3d_fullres", "-p", "nnUNetResEncUNetLPlans"), r"-d 4 -pl nnUNetPlannerResEncL$"),
         (("-d", 4, "-c", "3d_lowres"), r"no configuration '3d_lowres'\. Found: 3d_fullres, 2d"),
         (("-d", 4), "-d and -c are needed"),
     ],
 )
 def test_targets_that_do_not_exist(tmp_path, there, capsys, arguments, expected):
+    (tmp_path / "preprocessed" / "Foo").mkdir()
     pretraining(tmp_path / "c.pth", target())
     assert call("export", tmp_path / "c.pth", *arguments, "-o", tmp_path / "w.pth") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(expected, said), said
     assert not (tmp_path / "w.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("dataset.json", "{}", r"dataset\.json states no labels"),
+        ("dataset.json", '{"labels": {"background": 0}}', r"dataset\.json states no channel_names"),
+        (
+            "dataset.json",
+            '{"labels": {"background": 0}, "channel_names": {"T1": "a", "T2": "b"}}',
+            "counted from 0.*found T1, T2",
+        ),
+        ("dataset.json", '{"labels": {"background": []}, "channel_names": {"0": "a"}}', "nnU-Net cannot read dataset.json"),
+        ("dataset.json", "{broken", r"dataset\.json cannot be read"),
+        ("nnUNetPlans.json", "{}", "states no dataset_name: it is not a plans file"),
+        ("nnUNetPlans.json", '{"dataset_name": "D", "plans_name": "P", "configurations": [1]}', "Found: none"),
+        (
+            "nnUNetPlans.json",
+            '{"dataset_name": "D", "plans_name": "P", "configurations": {"3d_fullres": {"inherits_from": "lost"}}}',
+            "Configuration 3d_fullres of plans P cannot be read.*lost",
+        ),
+    ],
+)
+def test_targets_whose_files_are_damaged(tmp_path, there, capsys, file, content, expected):
+    pretraining(tmp_path / "c.pth", target())
+    (tmp_path / "preprocessed" / "Dataset004_Other" / file).write_text(content)
+    assert call("check", tmp_path / "c.pth", "-d", 4, "-c", "3d_fullres") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(expected, said), said
+
+
+@pytest.mark.parametrize("plans", ["nnUNetResEncUNetMPlans", "nnUNetResEncUNetLPlans", "nnUNetResEncUNetXLPlans", "nnUNetPlans"])
+def test_the_advised_planner_makes_plans_of_this_name(tmp_path, there, capsys, plans):
+    """As nnU-Net itself names them."""
+    from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as default
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as residual
+
+    pretraining(tmp_path / "c.pth", target())
+    (tmp_path / "preprocessed" / "Dataset004_Other" / "nnUNetPlans.json").unlink()
+    assert call("check", tmp_path / "c.pth", "-d", 4, "-c", "3d_fullres", "-p", plans) == 2
+    words = capsys.readouterr().err.split()
+    planner = getattr(residual, words[-1]) if words[-2] == "-pl" else default.ExperimentPlanner
+    assert inspect.signature(planner.__init__).parameters["plans_name"].default == plans
 
 
 def test_more_errors_are_one_sentence_and_write_nothing(tmp_path, there, capsys, monkeypatch):

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = read(args.weights, args.branch, args.trust)
     target = describe(args, source)
-    network, transfer = matched(args, source, target)
+    network, transfer, _ = matched(args, source, target)
     reason = transfer.refusal()
     if reason is not None:
         print(f"\nDoes not fit: {reason}.")

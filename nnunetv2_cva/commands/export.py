@@ -6,9 +6,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from nnunetv2_cva.transfer.adapt import Transfer
     from nnunetv2_cva.transfer.read import Source
     from nnunetv2_cva.transfer.target import Target
 
+PLANS, TRAINER = "nnUNetPlans", "nnUNetTrainer"
 HELP = "Write the weights of any checkpoint so that they fit a target of nnU-Net (or in the nnssl format)."
 
 
@@ -54,24 +58,30 @@ def add_target_arguments(parser: argparse.ArgumentParser, required: bool) -> Non
     """nnU-Net's names for dataset, configuration, plans and trainer."""
     parser.add_argument("-d", metavar="DATASET", required=required, help="target dataset, number or name")
     parser.add_argument("-c", metavar="CONFIGURATION", required=required, help="for example 3d_fullres")
-    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans of the target (default: nnUNetPlans)")
-    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer of the target (default: nnUNetTrainer)")
+    parser.add_argument("-p", metavar="PLANS", help=f"plans of the target (default: {PLANS})")
+    parser.add_argument("-tr", metavar="TRAINER", help=f"trainer of the target (default: {TRAINER})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the file, check it; nothing is written when anything is wrong."""
     from nnunetv2_cva.transfer.read import read
+    from nnunetv2_cva.transfer.saving import check_writable
 
     if args.format == "nnssl":
-        return _export_nnssl(args)
-    if args.d is None or args.c is None:
+        _refuse_target(args)
+    elif args.d is None or args.c is None:
         raise ValueError("-d and -c are needed: the file is made for a target. Only --format nnssl has none.")
     source = read(args.weights, args.branch, args.trust)
+    check_writable(args.o, source.path)  # before the target, whose trainer is looked up for 10 s
+    return _export_nnssl(args, source) if args.format == "nnssl" else _export_nnunet(args, source)
+
+
+def _export_nnunet(args: argparse.Namespace, source: Source) -> int:
     target = describe(args, source)
-    network, transfer = matched(args, source, target)
+    network, transfer, hint = matched(args, source, target)
     reason = transfer.refusal()
     if reason is not None and not args.allow_partial:
-        raise ValueError(f"{reason}. Nothing was written; --allow-partial writes it all the same.")
+        raise ValueError(f"{reason}. {f'{hint}. ' if hint else ''}Nothing was written; --allow-partial writes it all the same.")
     if args.dry_run:
         print(f"\nDry run: {args.o} was not written.")
         return 0
@@ -80,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
 
     fill(network, transfer)
     write_for_nnunet(args.o, network, transfer, target, args.licence)
-    trainer = "" if args.tr == "nnUNetTrainer" else f" -tr {args.tr}"
+    trainer = "" if args.tr in (None, TRAINER) else f" -tr {args.tr}"
     print(f"\nWrote {args.o}; nnU-Net's loader takes it and every tensor is the same under every name. To use it:")
-    print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p}{trainer} -pretrained_weights {args.o}")
+    print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p or PLANS}{trainer} -pretrained_weights {args.o}")
     return 0
 
 
@@ -90,37 +100,46 @@ def describe(args: argparse.Namespace, source: Source) -> Target:
     """Find the target, and print which weights go where."""
     from nnunetv2_cva.transfer.target import find_target
 
-    target = find_target(args.d, args.c, args.p, args.tr)
+    target = find_target(args.d, args.c, args.p or PLANS, args.tr or TRAINER)
     print(f"Weights: {source.path} ({source.kind}, {source.layout})")
     print(f"Target:  {target.label}\n")
     return target
 
 
-def matched(args: argparse.Namespace, source: Source, target: Target) -> tuple:
-    """The target's network, and the transfer, whose table is printed with what differs between the data."""
+def matched(args: argparse.Namespace, source: Source, target: Target) -> tuple[nn.Module, Transfer, str | None]:
+    """The target's network, the transfer, and what to run where the plans differ; printed with what differs between the data."""
     from nnunetv2_cva.transfer.adapt import match
+    from nnunetv2_cva.transfer.hints import same_plans
     from nnunetv2_cva.transfer.table import data_warnings, table
 
     network = target.build()
     view = tuple(args.source_patch_size) if args.source_patch_size else None
     transfer = match(source, network, target.view, args.decoder, view)
-    print("\n".join(table(transfer)))
+    hint = same_plans(transfer, target)
+    print("\n".join([*table(transfer), *([f"Note: {hint}."] if hint else [])]))
     for warning in data_warnings(source.card, target.settings, target.dataset_json):
         print(f"Warning: {warning}.")
-    return network, transfer
+    return network, transfer, hint
 
 
-def _export_nnssl(args: argparse.Namespace) -> int:
-    from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
-    from nnunetv2_cva.transfer.read import read
-    from nnunetv2_cva.transfer.table import table
-
-    if args.d is not None or args.c is not None:
+def _refuse_target(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that say something about a target."""
+    options = {
+        "-d": args.d, "-c": args.c, "-p": args.p, "-tr": args.tr, "--source-patch-size": args.source_patch_size,
+        "--allow-partial": args.allow_partial or None,
+    }  # fmt: skip
+    given = [name for name, value in options.items() if value is not None]
+    if given:
         raise ValueError(
-            "--format nnssl describes the pretraining itself, not a target: leave out -d, -c, -p and -tr. Its consumers adapt "
+            f"--format nnssl describes the pretraining itself, not a target: leave out {', '.join(given)}. Its consumers adapt "
             "the weights to their targets."
         )
-    source = read(args.weights, args.branch, args.trust)
+
+
+def _export_nnssl(args: argparse.Namespace, source: Source) -> int:
+    from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
+    from nnunetv2_cva.transfer.table import table
+
     target = own_target(source)
     network, transfer = filled_with_itself(source, target, args.decoder)
     print(f"Weights: {source.path} ({source.kind}, {source.layout})")

@@ -18,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per fact; what the file does not state is left out."""
+    from nnunetv2_cva.transfer.card import entry
     from nnunetv2_cva.transfer.read import read
 
-    source = read(args.weights, trust=args.trust)
+    source = read(args.weights, trust=args.trust, any_network=True)
     card = source.card
-    plans = card.get("plans") or {}
-    data = card.get("dataset") or {}
+    plans, data = entry(card, "plans"), entry(card, "dataset")
     facts: list[tuple[str, Any]] = [
         ("file", f"{source.path}, {source.kind}"),
         ("network", source.layout),
         ("trainer", card.get("trainer")),
-        ("made for", f"{source.plans['dataset_name']}, {source.configuration}" if source.plans else None),
+        ("made for", f"{source.plans.get('dataset_name')}, {source.configuration}" if source.plans else None),
         ("pretrained on", data.get("name")),
         ("cases", data.get("cases")),
         ("channels", data.get("channel_names")),
@@ -49,13 +49,20 @@ def run(args: argparse.Namespace) -> int:
     for name, value in facts:
         if value not in (None, {}, []):
             print(f"{name:14} {_text(value)}")
-    for citation in card.get("citations") or []:
-        print(f"{'cite':14} {citation.get('name')}: {' '.join(citation.get('apa_citations') or [])}")
+    citations = card.get("citations")
+    for citation in citations if isinstance(citations, list) else []:
+        print(f"{'cite':14} {_citation(citation)}")
     for note in source.notes:
         print(f"{'note':14} {note}")
     if args.plans:
         print(json.dumps(plans, indent=2))
     return 0
+
+
+def _citation(value: Any) -> str:
+    if isinstance(value, dict) and isinstance(value.get("apa_citations"), list):
+        return f"{value.get('name')}: {' '.join(map(str, value['apa_citations']))}"
+    return _text(value)
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_cva.transfer.opening import NeedsOption
 from nnunetv2_cva.transfer.parts import (
     PRIMUS,
     Layout,
@@ -21,12 +23,12 @@ from nnunetv2_cva.transfer.parts import (
     layout_of,
     part_of,
 )
-from nnunetv2_cva.transfer.read import Source
+from nnunetv2_cva.transfer.read import Source, same
 from nnunetv2_cva.transfer.resize import resized, token_grid
 
 Action = Literal["carried", "adapted", "fresh"]
 
-ENOUGH = 0.9  # of the encoder's parameters, and of its input layers'
+ENOUGH = 0.9  # of the encoder's parameters, and of what makes its first features from the image
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Transfer:
     decoder: str  # keep or fresh
     decoder_reason: str
     unused: tuple[tuple[str, int], ...]  # parts of the file's encoder that the target has no place for, parameters
+    notes: tuple[str, ...] = ()  # what had to be assumed
 
     def share(self, *actions: str, rows: tuple[Row, ...] | None = None) -> float:
         """How many of the encoder's parameters (or of ``rows``) are carried, adapted, fresh."""
@@ -61,25 +64,14 @@ class Transfer:
 
     def refusal(self) -> str | None:
         """Why these weights should not go into this target, or None."""
-        entry = tuple(r for r in self.rows if r.role == "encoder" and any(map(is_input_layer, r.keys)))
-        filled, first = self.share("carried", "adapted"), self.share("carried", "adapted", rows=entry)
+        entrance = tuple(r for r in self.rows if r.part == "tokenizer" or any(map(is_input_layer, r.keys)))
+        filled, first = self.share("carried", "adapted"), self.share("carried", "adapted", rows=entrance)
         if min(filled, first) >= ENOUGH:
             return None
-        what = f"only {filled:.0%} of the target's encoder" if filled < ENOUGH else f"only {first:.0%} of its input layers"
+        layers = "input layers" if self.target.stages else "tokenizer"
+        what = f"only {filled:.0%} of the target's encoder" if filled < ENOUGH else f"only {first:.0%} of its {layers}"
         causes = "; ".join(differences(self.source.layout, self.target)) or "the weights differ in shape or name"
-        hint = self.plans_hint()
-        return f"{self.source.path} fills {what} ({causes}){f'. {hint}' if hint else ''}"
-
-    def plans_hint(self) -> str | None:
-        """What to run where two U-Nets differ because their plans do, or None."""
-        if not any("stage" in d for d in differences(self.source.layout, self.target)):
-            return None
-        card = self.source.card
-        dataset, plans = (card.get("dataset") or {}).get("name"), (card.get("plans") or {}).get("plans_name")
-        return (
-            "The plans differ; to give the target those of the file, run nnUNetv2_move_plans_between_datasets "
-            f"-s {dataset or 'DATASET_OF_THE_FILE'} -sp {plans or 'ITS_PLANS'} -t TARGET, then preprocess the target with them"
-        )
+        return f"{self.source.path} fills {what} ({causes})"
 
 
 def match(
@@ -106,7 +98,7 @@ def match(
     transposed = {id(m.weight) for m in network.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
     trained = {id(p) for p in network.parameters()}
     stages = decoder_stages(state)
-    rows = []
+    rows, notes = [], []
     for keys, tensor in _groups(state):
         part, role = part_of(keys[0], stages)
         value, how = found.take({canonical(k, stages) for k in keys}), ""
@@ -117,13 +109,14 @@ def match(
         elif value is None:
             how = "not in the file"
         elif part == "position embedding" and value.shape[2] == tensor.shape[2]:
-            grids = _grids(source, target, network, view, source_view)
+            grids, assumed = _grids(source, target, network, view, source_view)
+            notes += assumed
             value, how = token_grid(value, *grids, registers=(source.layout.registers, target.registers))
         else:
             value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, any(map(is_input_layer, keys)))
         action: Action = "fresh" if value is None else "adapted" if how else "carried"
         rows.append(Row(keys, part, role, action, how, tensor.numel() if id(tensor) in trained else 0, value))
-    return Transfer(source, target, tuple(rows), chosen, reason, found.unused())
+    return Transfer(source, target, tuple(rows), chosen, reason, found.unused(), tuple(notes))
 
 
 def fill(network: nn.Module, transfer: Transfer) -> None:
@@ -192,8 +185,7 @@ class _Found:
             return None
         first_key, first = hits[0]
         for key, value in hits[1:]:
-            same = value.shape == first.shape and (value.data_ptr() == first.data_ptr() or torch.equal(value, first))
-            if not same:
+            if not same(value, first):
                 raise ValueError(
                     f"{self.path} holds two versions of one layer: {first_key} and {key} must be the same tensor and differ. "
                     "Whatever wrote this file has updated only one of them; remove the stale keys from it."
@@ -215,8 +207,8 @@ def _check_family(source: Source, target: Layout) -> None:
 
 def _grids(
     source: Source, target: Layout, network: nn.Module, view: tuple[int, ...], given: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The grids of tokens that the position embeddings of file and target belong to."""
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[str]]:
+    """The grids of tokens that the position embeddings of file and target belong to; and what was assumed about them."""
     rope = getattr(network.eva, "rope", None)
     there = tuple(rope.feat_shape) if rope is not None else tuple(n // s for n, s in zip(view, target.token_size, strict=True))
     tokens = source.layout.tokens
@@ -224,16 +216,17 @@ def _grids(
         if size is None or len(size) != 3:
             continue
         here = tuple(n // s for n, s in zip(size, source.layout.token_size, strict=True))
-        if here[0] * here[1] * here[2] == tokens:
-            return here, there
+        if math.prod(here) == tokens:
+            return (here, there), []
         if size is given:
             raise ValueError(f"A patch size of {by(size)} has {by(here)} tokens, but {source.path} holds {tokens}.")
     edge = round(tokens ** (1 / 3))
-    if tokens == there[0] * there[1] * there[2]:
-        return there, there
-    if edge**3 == tokens:
-        return (edge,) * 3, there
-    raise ValueError(
-        f"{source.path} does not say what patch size its position embedding of {tokens} tokens was made for. Pass it, for "
-        "example --source-patch-size 128 160 96."
+    for guess, reason in ((there, "the target's"), ((edge,) * 3, "a cube")):
+        if math.prod(guess) == tokens:
+            said = f"the file does not say what grid its {tokens} tokens form: taken for {reason}, {by(guess)}"
+            return (guess, there), [said]
+    raise NeedsOption(
+        f"{source.path} does not say what patch size its position embedding of {tokens} tokens was made for.",
+        "--source-patch-size I J K",
+        "Pass it, for example --source-patch-size 128 160 96.",
     )

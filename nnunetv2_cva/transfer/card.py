@@ -35,36 +35,46 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def configuration_of(plans: dict[str, Any], name: str) -> dict[str, Any]:
+def entry(holder: Any, *names: str) -> dict[str, Any]:
+    """What stands in ``holder`` under ``names``, one within the other; empty where there is none, or no dictionary.
+
+    Files of others may lack anything or hold something else in its place: that is then not stated, and no reason to refuse them.
+    """
+    for name in names:
+        holder = holder.get(name) if isinstance(holder, Mapping) else None
+    return dict(holder) if isinstance(holder, Mapping) else {}
+
+
+def configuration_of(plans: Mapping[str, Any], name: Any) -> dict[str, Any]:
     """A configuration of a plans file with what it inherits.
 
     Raises:
-        ValueError: there is no such configuration; names those that exist.
+        ValueError: there is no such configuration, and then names those that exist; or nnU-Net cannot read it.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    if name not in plans["configurations"]:
-        raise ValueError(
-            f"Plans {plans.get('plans_name')} have no configuration {name!r}. Found: {', '.join(plans['configurations'])}."
-        )
+    configurations = entry(plans, "configurations")
+    if not isinstance(name, str) or name not in configurations:
+        found = ", ".join(map(str, configurations)) or "none"
+        raise ValueError(f"Plans {plans.get('plans_name')} have no configuration {name!r}. Found: {found}.")
     try:
-        return PlansManager(deepcopy(plans)).get_configuration(name).configuration
-    except RuntimeError as e:  # circular inheritance
-        raise ValueError(f"Plans {plans.get('plans_name')}: {e}") from None
+        return PlansManager(deepcopy(dict(plans))).get_configuration(name).configuration
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # inheritance: circular, of nothing
+        raise ValueError(f"Configuration {name} of plans {plans.get('plans_name')} cannot be read: {e}") from None
 
 
 def from_training(
     content: Mapping[str, Any], plans: dict[str, Any] | None, configuration: str | None, dataset_json: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The card of a checkpoint that a trainer of ours or of nnU-Net has written."""
-    ours = content.get("cva", {})
-    history = ours.get("history") or []
-    logged = content.get("logging") or {}
+    ours = entry(content, "cva")
+    history = ours.get("history")
+    metrics = {k: v[-1] for k, v in entry(content, "logging").items() if isinstance(v, list) and v}
     card: dict[str, Any] = {
         "trainer": content.get("trainer_name"),
         "version": f"nnunetv2_cva {ours['version']}" if "version" in ours else None,
         "epochs": content.get("current_epoch"),
-        "metrics": history[-1] if history else {k: v[-1] for k, v in logged.items() if isinstance(v, list) and v},
+        "metrics": history[-1] if isinstance(history, list) and history else metrics,
         "config": ours.get("config"),
         "plans": plans,
         "configuration": configuration,
@@ -87,11 +97,10 @@ def from_training(
 
 def from_nnssl(content: Mapping[str, Any]) -> dict[str, Any]:
     """The card of a checkpoint of nnssl, OpenMind or the SSL3D challenge."""
-    adaptation = content["nnssl_adaptation_plan"]
-    plan = adaptation.get("pretrain_plan") or {}
-    configurations = plan.get("configurations") or {}
-    name = next(iter(configurations), None)
-    found = configurations.get(name) or {}
+    adaptation = entry(content, "nnssl_adaptation_plan")
+    plan = entry(adaptation, "pretrain_plan")
+    name = next(iter(entry(plan, "configurations")), None)
+    found = entry(plan, "configurations", str(name))
     return plain(
         {
             "trainer": content.get("trainer_name"),
@@ -114,10 +123,10 @@ def completed(card: Mapping[str, Any], family: str, branch: str, file: Path, lic
     if card.get("config") is not None:
         methods.insert(0, "Consistent View Alignment")
     methods += ["Residual Encoder U-Net"] if family == "residual U-Net" else ["Primus"] if "Primus" in family else []
-    known = [{"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods]
-    reference = (card.get("dataset") or {}).get("reference")
-    if reference:
-        known.append({"type": "Dataset", "name": card["dataset"].get("name"), "apa_citations": [reference]})
+    known: list[dict[str, Any]] = [{"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods]
+    data = entry(card, "dataset")
+    if data.get("reference"):
+        known.append({"type": "Dataset", "name": data.get("name"), "apa_citations": [data["reference"]]})
     return plain(
         {
             **card,

@@ -80,7 +80,7 @@ def write_for_nnssl(
         "citations": card["citations"],
         "pretraining": card,
     }
-    write(path, content, lambda file: check_strictly(file, network, target))
+    write(path, content, source.path, lambda file: check_strictly(file, network, target))
     return plan
 
 

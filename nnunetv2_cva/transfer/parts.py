@@ -40,14 +40,20 @@ class Layout:
     tokens: int = 0  # of the position embedding, without registers; 0: it has none
     registers: int = 0
     token_size: tuple[int, ...] = ()
+    tokenizer: tuple[int, ...] = ()  # widths of its stem and stages; V1 has none
 
     def __str__(self) -> str:
+        if self == UNKNOWN:
+            return self.family
         channels = f"{self.channels} input channel{'s' * (self.channels != 1)}"
         if self.stages:
             features = " ".join(str(s.features) for s in self.stages)
             blocks = " ".join(str(s.blocks) for s in self.stages)
             return f"{self.family}, {channels}, {len(self.stages)} stages, features {features}, blocks {blocks}"
         return f"{self.family}, {channels}, width {self.width}, depth {self.depth}, tokens of {by(self.token_size)} voxels"
+
+
+UNKNOWN = Layout("unknown", 0)
 
 
 def by(size: tuple[int, ...]) -> str:
@@ -107,7 +113,13 @@ _PARTS: tuple[tuple[str, str, Role], ...] = (
 
 def is_input_layer(key: str) -> bool:
     """Whether the image itself may enter here: the only places where the number of input channels shows."""
-    return re.match(r"encoder\.stem\.|encoder\.stages\.0\.0\.convs\.0\.|down_projection\.", key) is not None
+    return re.match(_INPUT, key) is not None
+
+
+_INPUT = (
+    r"encoder\.stem\.convs\.0\.|encoder\.stages\.0\.0\.convs\.0\."  # U-Nets
+    r"|down_projection\.proj\.|down_projection\.stem\.blocks\.0\.(conv1|skip)\."  # Primus V1; V2 and V3
+)
 
 
 def decoder_stages(keys: Mapping[str, Tensor]) -> int:
@@ -145,6 +157,8 @@ def differences(file: Layout, target: Layout) -> list[str]:
             compare(f"{name}{'s' * (name == 'stride')} of stage {i}", getattr(a, name), getattr(b, name))
     for name in ("width", "depth", "registers", "token_size"):
         compare(name.replace("_", " "), getattr(file, name), getattr(target, name))
+    if file.tokenizer and target.tokenizer:
+        compare("widths of the tokenizer", *(" ".join(map(str, layout.tokenizer)) for layout in (file, target)))
     return found
 
 
@@ -178,12 +192,16 @@ def _unet(weights: Mapping[str, Tensor], family: str, stem: str, pattern: str) -
         if family == "plain U-Net":
             main = last = _need(weights, f"encoder.stages.{i}.0.convs.0")
         else:
-            block = f"encoder.stages.{i}.blocks.0"
-            main = _need(weights, f"{block}.conv2")
-            third = _first(weights, f"{block}.conv3")
-            last = main if third is None else third
+            main, last = _convolutions(weights, f"encoder.stages.{i}.blocks.0")
         stages.append(Stage(last.shape[0], tuple(main.shape[2:]), len(blocks[i]), upsampling.get(i)))
     return Layout(family, _need(weights, stem).shape[1], tuple(stages))
+
+
+def _convolutions(weights: Mapping[str, Tensor], block: str) -> tuple[Tensor, Tensor]:
+    """Of a residual block: the convolution with its kernel, and the last one, which is another where it is a bottleneck."""
+    main = _need(weights, f"{block}.conv2")
+    third = _first(weights, f"{block}.conv3")
+    return main, main if third is None else third
 
 
 def _primus(weights: Mapping[str, Tensor], family: str, first: str) -> Layout:
@@ -193,5 +211,8 @@ def _primus(weights: Mapping[str, Tensor], family: str, first: str) -> Layout:
     width = weights["eva.norm.weight"].shape[0]
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     tokens = weights["eva.pos_embed"].shape[1] - registers if "eva.pos_embed" in weights else 0
-    size = tuple(entry.shape[2:]) if family == PRIMUS[0] else (2 ** len(levels),) * 3
-    return Layout(family, entry.shape[1], (), width, depth, tokens, registers, size)
+    if family == PRIMUS[0]:
+        return Layout(family, entry.shape[1], (), width, depth, tokens, registers, tuple(entry.shape[2:]))
+    blocks = ["stem.blocks.0", *(f"stages.{i}.blocks.0" for i in range(len(levels)))]
+    widths = tuple(_convolutions(weights, f"down_projection.{block}")[1].shape[0] for block in blocks)
+    return Layout(family, entry.shape[1], (), width, depth, tokens, registers, (2 ** len(levels),) * 3, widths)

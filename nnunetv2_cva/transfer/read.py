@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_cva.transfer.card import configuration_of, from_nnssl, from_training
+from nnunetv2_cva.transfer.card import configuration_of, entry, from_nnssl, from_training
 from nnunetv2_cva.transfer.opening import opened
-from nnunetv2_cva.transfer.parts import PRIMUS, Layout, layout_of
+from nnunetv2_cva.transfer.parts import PRIMUS, UNKNOWN, Layout, layout_of
 
 # The teacher's modules (model/branches.py, model/primus.py) and where nnU-Net's network holds what they average.
 TEACHER_MODULES = {
@@ -48,12 +48,13 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def read(path: str | Path, branch: str = "student", trust: bool = False) -> Source:
+def read(path: str | Path, branch: str = "student", trust: bool = False, any_network: bool = False) -> Source:
     """The weights of ``path``, whoever wrote it.
 
     ``branch="teacher"`` takes the encoder from the moving average; a decoder is always the student's. The student is the default
     everywhere: it is what stock ``-pretrained_weights`` reads from the same file and what the decoder was trained with, and
-    by the end of training, with a learning rate near 0, both branches agree.
+    by the end of training, with a learning rate near 0, both branches agree. ``any_network``: a network that is none of nnU-Net's
+    gets the layout ``UNKNOWN``, to be described and not to be transferred.
 
     Raises:
         ValueError: no checkpoint, unknown architecture, not finite, no such branch, or not to be opened without ``trust``.
@@ -61,7 +62,7 @@ def read(path: str | Path, branch: str = "student", trust: bool = False) -> Sour
     path = Path(path)
     content = opened(path, trust)
     stored = _state_dict(content, path)
-    weights = _plain_names(stored)
+    weights = _plain_names(stored, path)
     obstacle = None if "network_weights" in content else "it has no entry 'network_weights'"
     if weights.keys() != stored.keys():
         obstacle = "the names in the file are not nnU-Net's"
@@ -74,8 +75,10 @@ def read(path: str | Path, branch: str = "student", trust: bool = False) -> Sour
     try:
         layout = layout_of(weights)
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    known = _nnssl if "nnssl_adaptation_plan" in content else _nnunet
+        if not any_network:
+            raise ValueError(f"{path}: {e}") from None
+        layout = UNKNOWN
+    known = _nnssl if entry(content, "nnssl_adaptation_plan") else _nnunet
     return dataclasses.replace(known(path, branch, weights, layout, content), obstacle=obstacle)
 
 
@@ -89,17 +92,29 @@ def _state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     raise ValueError(f"{path} is not a checkpoint of a network: expected an entry 'network_weights', found {found}.")
 
 
-def _plain_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def _plain_names(weights: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """Without what DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) put into names."""
-    return {
-        re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", str(key))): value
-        for key, value in weights.items()
-        if isinstance(value, Tensor)
-    }
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            continue
+        name = re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", str(key)))
+        if name in found and not same(found[name], value):
+            raise ValueError(
+                f"{path} holds two versions of {name}, one of them as {key}, and they differ. Remove the weights that are not "
+                "wanted from the file."
+            )
+        found[name] = value
+    return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of a file are one, or hold the same numbers."""
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def _with_teacher(weights: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    teacher = (content.get("cva") or {}).get("teacher")
+    teacher = entry(content, "cva", "teacher")
     if not teacher:
         raise ValueError(
             f"{path} holds no teacher. Only checkpoint_final and checkpoint_latest of a recipe with two views do; use "
@@ -120,91 +135,95 @@ def _with_teacher(weights: dict[str, Tensor], content: Mapping[str, Any], path: 
 
 
 def _nnunet(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, content: Mapping[str, Any]) -> Source:
-    arguments = content.get("init_args") or {}
+    arguments, exported = entry(content, "init_args"), entry(content, "pretraining")
     configuration = arguments.get("configuration")
-    plans = arguments.get("plans") or _beside(path, "plans.json", content)
-    dataset_json = arguments.get("dataset_json") or _beside(path, "dataset.json", content)
-    if plans is not None and configuration not in plans["configurations"]:
-        plans = None  # of another training
+    plans = entry(arguments, "plans") or _beside(path, "plans.json", content) or None
+    dataset_json = entry(arguments, "dataset_json") or _beside(path, "dataset.json", content) or None
+    try:
+        found = configuration_of(plans or {}, configuration)
+    except ValueError:  # plans of another training, or none at all
+        found, plans = {}, None
     kind = "weights without a description" if "trainer_name" not in content else "nnU-Net checkpoint"
-    kind = "pretraining checkpoint" if "cva" in content else "exported weights" if "pretraining" in content else kind
-    found = configuration_of(plans, configuration) if plans is not None and configuration is not None else {}
+    kind = "pretraining checkpoint" if entry(content, "cva") else "exported weights" if exported else kind
     return Source(
         path=path,
         kind=kind,
-        branch=content["pretraining"].get("branch", branch) if "pretraining" in content else branch,
+        branch=exported.get("branch", branch),
         weights=weights,
-        layout=_with_strides(layout, found.get("architecture", {}).get("arch_kwargs", {}).get("strides")),
-        card=content.get("pretraining") or from_training(content, plans, configuration, dataset_json),
+        layout=_with_strides(layout, entry(found, "architecture", "arch_kwargs").get("strides")),
+        card=exported or from_training(content, plans, configuration, dataset_json),
         builder=_builder(content, layout),
         plans=plans,
         configuration=configuration,
         dataset_json=dataset_json,
-        view=tuple(found["patch_size"]) if "patch_size" in found else None,
+        view=_extent(found.get("patch_size")),
         decoder=_decoder_default(content, layout),
     )
 
 
-def _beside(path: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+def _extent(value: Any) -> tuple[int, ...] | None:
+    whole = isinstance(value, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in value)
+    return tuple(value) if whole else None
+
+
+def _beside(path: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """What nnU-Net keeps in the results folder, one level above the checkpoints."""
     file = path.parent.parent / name
     if "trainer_name" not in content or not file.is_file():
-        return None
+        return {}
     try:
-        return json.loads(file.read_text())
+        return entry(json.loads(file.read_text()))
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _builder(content: Mapping[str, Any], layout: Layout) -> str | None:
-    if "cva" not in content:
-        return content.get("trainer_name")
-    return content["cva"].get("backbone_trainer") or ("nnUNetTrainer" if layout.stages else content.get("trainer_name"))
+    ours, name = entry(content, "cva"), content.get("trainer_name")
+    if ours:
+        name = ours.get("backbone_trainer") or ("nnUNetTrainer" if layout.stages else name)
+    return name if isinstance(name, str) else None
 
 
 def _decoder_default(content: Mapping[str, Any], layout: Layout) -> tuple[str, str]:
-    if "cva" in content:
+    ours, exported = entry(content, "cva"), entry(content, "transfer")
+    if ours:
         if layout.family in PRIMUS:
             return "fresh", "pretraining trains a decoder of its own beside a Primus; this one was never trained"
-        if content["cva"].get("config", {}).get("reconstruction_weight", 1) == 0:
+        if entry(ours, "config").get("reconstruction_weight", 1) == 0:
             return "fresh", "this recipe reconstructs nothing, so it was never trained"
         return "keep", "it was trained to reconstruct masked images from this encoder's features"
-    if "transfer" in content:
-        exported = content["transfer"]
-        return exported["decoder"], AGAIN + exported["decoder_reason"]
+    if exported.get("decoder") in ("keep", "fresh"):
+        return exported["decoder"], f"{AGAIN}{exported.get('decoder_reason')}"
     if "trainer_name" in content:
         return "keep", "it was trained to segment"
     return Source.decoder
 
 
 def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, content: Mapping[str, Any]) -> Source:
-    card = content.get("pretraining") or from_nnssl(content)
-    adaptation = content["nnssl_adaptation_plan"]
-    architecture = adaptation.get("architecture_plans") or {}
-    name = architecture.get("arch_class_name")
-    strides = (architecture.get("arch_kwargs") or {}).get("strides") or (RESENC_L_STRIDES if name == "ResEncL" else None)
+    architecture = entry(content, "nnssl_adaptation_plan", "architecture_plans")
+    resenc_l = architecture.get("arch_class_name") == "ResEncL"
+    strides = entry(architecture, "arch_kwargs").get("strides") or (RESENC_L_STRIDES if resenc_l else None)
     notes: tuple[str, ...] = ()
     if "EvaMAE" in str(content.get("trainer_name")):
         notes = (
             "trained by nnssl's Primus MAE, which exchanges the first two axes of the token grid; taken as they are, as nnU-Net "
             "does",
         )
-    view = from_nnssl(content).get("view_size")
     return Source(
         path=path,
         kind="nnssl checkpoint",
         branch=branch,
         weights=weights,
         layout=_with_strides(layout, strides),
-        card=card,
-        view=tuple(view) if view else None,
+        card=entry(content, "pretraining") or from_nnssl(content),
+        view=_extent(from_nnssl(content).get("view_size")),
         notes=notes,
     )
 
 
 def _with_strides(layout: Layout, strides: Any) -> Layout:
     """The layout with the strides that a plan states, where the shapes of a decoder have not told them."""
-    if not isinstance(strides, (list, tuple)) or len(strides) != len(layout.stages):
+    if not layout.stages or not isinstance(strides, (list, tuple)) or len(strides) != len(layout.stages):
         return layout
     axes = len(layout.stages[0].kernel)
     full = [tuple(s) if isinstance(s, (list, tuple)) else (s,) * axes for s in strides]

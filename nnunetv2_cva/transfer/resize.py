@@ -1,6 +1,7 @@
 """Tensors made to fit another shape so that activations keep their size.
 
-Each rule is exact for the inputs it names, and shrinking what was grown gives back the original.
+Each rule is exact for the inputs it names. Channels and kernels that were grown give back the original when they are shrunk
+again; position embeddings do not, as interpolation smooths them.
 """
 
 from __future__ import annotations

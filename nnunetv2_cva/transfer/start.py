@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nnunetv2_cva.transfer.adapt import fill, match
+from nnunetv2_cva.transfer.opening import NeedsOption
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import table
 
@@ -15,13 +16,19 @@ def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> list[str
     Raises:
         ValueError: the file cannot be read, is of another architecture, or fills too little of the encoder.
     """
-    source = read(path)
-    transfer = match(source, network, view)
-    reason = transfer.refusal()
-    if reason is not None:
+    try:
+        source = read(path)
+        transfer = match(source, network, view)
+        reason = transfer.refusal()
+        if reason is not None:
+            raise NeedsOption(f"{reason}.", "--allow-partial", "")
+    except NeedsOption as e:
         raise ValueError(
-            f"init_from: {reason}. If that is what you want, write a file with `nnUNetv2_cva export ... --allow-partial` for "
-            "this trainer and pass it with -pretrained_weights."
-        )
+            f"init_from: {e.reason} init_from has no options. If you want these weights all the same, make a file for this "
+            f"training, `nnUNetv2_cva export {path} {e.option} -d ... -c ... -p ... -tr ... -o weights.pth`, and pass it with "
+            "-pretrained_weights in place of init_from."
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"init_from: {e}") from None
     fill(network, transfer)
     return [f"Weights of {path} ({source.kind}):", *table(transfer)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nnunetv2_cva.transfer.adapt import Row, Transfer
+from nnunetv2_cva.transfer.card import entry
 from nnunetv2_cva.transfer.parts import differences
 
 ACTIONS = ("carried", "adapted", "fresh")
@@ -16,7 +18,8 @@ _ORDER = {"encoder": 0, "decoder": 1, "output": 2, "other": 3}
 def table(transfer: Transfer) -> list[str]:
     """The table, a line per part, and below it the share of the encoder that is filled."""
     lines: list[tuple[str, ...]] = [("part", "parameters", *ACTIONS, "")]
-    for name, rows in _parts(transfer.rows):
+    # Why the decoder starts afresh stands below the table, once.
+    for name, rows in _parts(tuple(replace(r, how="") if r.how == transfer.decoder_reason else r for r in transfer.rows)):
         total = sum(r.parameters for r in rows)
         shares = [transfer.share(a, rows=rows) for a in ACTIONS] if total else [float(rows[0].action == a) for a in ACTIONS]
         lines.append((name, f"{total:,}", *map(_percent, shares), _how(rows)))
@@ -37,14 +40,13 @@ def table(transfer: Transfer) -> list[str]:
 def notes(transfer: Transfer) -> list[str]:
     """What a reader of the table should know beside it."""
     source = transfer.source
-    found = list(source.notes)
+    found = [*source.notes, *transfer.notes]
     if transfer.unused:
         left = ", ".join(f"{part} ({size:,} parameters)" for part, size in transfer.unused)
         found.append(f"the target has no place for {left}")
     different = [d for d in differences(source.layout, transfer.target) if not d.startswith("input channels")]
     if different:
-        hint = transfer.plans_hint()
-        found.append("the networks differ: " + "; ".join(different) + (f". {hint}" if hint else ""))
+        found.append("the networks differ: " + "; ".join(different))
     if source.branch == "teacher":
         found.append("encoder of the teacher, decoder of the student: the teacher has none")
     return found
@@ -56,12 +58,12 @@ def data_warnings(card: Mapping[str, Any], settings: Mapping[str, Any], dataset_
     pairs = (
         ("spacing", card.get("spacing"), settings.get("spacing")),
         ("normalisation", card.get("normalization_schemes"), settings.get("normalization_schemes")),
-        ("channel names", _names((card.get("dataset") or {}).get("channel_names")), _names(_channels(dataset_json))),
+        ("channel names", _names(entry(card, "dataset").get("channel_names")), _names(_channels(dataset_json))),
     )
     for name, there, here in pairs:
         if there is None:
             found.append(f"the file does not state its {name}; the target's: {_text(here)}")
-        elif name == "normalisation" and here and len(there) != len(here) and set(there) == set(here):
+        elif name == "normalisation" and _same_but_in_number(there, here):
             continue  # the channels' names say that their number differs
         elif not _alike(there, here):
             found.append(f"{name} of the pretraining {_text(there)}, of the target {_text(here)}")
@@ -97,7 +99,7 @@ def _fate(rows: tuple[Row, ...]) -> tuple[frozenset[str], str]:
 
 def _how(rows: tuple[Row, ...]) -> str:
     """What was done, or why nothing was carried; at most two different reasons are spelled out."""
-    said = list(dict.fromkeys(r.how for r in rows if r.how and (r.role != "decoder" or r.action != "fresh" or len(r.how) < 60)))
+    said = list(dict.fromkeys(r.how for r in rows if r.how))
     return "; ".join(said[:2]) + (f"; and {len(said) - 2} more" if len(said) > 2 else "")
 
 
@@ -118,14 +120,19 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     return f"{first.ljust(widths[0])}  {middle}  {last}".rstrip()
 
 
+def _same_but_in_number(a: Any, b: Any) -> bool:
+    lists = isinstance(a, (list, tuple)) and isinstance(b, (list, tuple))
+    return lists and len(a) != len(b) and set(map(str, a)) == set(map(str, b))
+
+
 def _channels(dataset_json: Mapping[str, Any]) -> Any:
     return dataset_json.get("channel_names") or dataset_json.get("modality")
 
 
 def _names(channels: Any) -> list[str] | None:
-    if isinstance(channels, Mapping):
-        return [str(channels[k]).lower() for k in sorted(channels, key=int)]
-    return None
+    if not isinstance(channels, Mapping) or not all(str(k).isdecimal() for k in channels):
+        return None
+    return [str(channels[k]).lower() for k in sorted(channels, key=int)]
 
 
 def _alike(a: Any, b: Any) -> bool:

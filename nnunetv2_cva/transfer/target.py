@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_cva.transfer.card import configuration_of
+from nnunetv2_cva.transfer.card import configuration_of, entry
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Target:
     @property
     def label(self) -> str:
         """How the target is called in tables and messages."""
-        return f"{self.plans['dataset_name']}, {self.configuration}, {self.plans['plans_name']}, {self.trainer.__name__}"
+        name, plans = self.plans.get("dataset_name"), self.plans.get("plans_name")
+        return f"{name}, {self.configuration}, {plans}, {self.trainer.__name__}"
 
     def build(self) -> nn.Module:
         """The network on the CPU, initialised by nnU-Net, the same at every call.
@@ -57,9 +59,12 @@ class Target:
 
         plans = PlansManager(self.plans)
         settings = plans.get_configuration(self.configuration)
-        channels = determine_num_input_channels(plans, settings, self.dataset_json)
         pretraining = getattr(self.trainer, "backbone_trainer", None)
-        outputs = channels if pretraining else plans.get_label_manager(self.dataset_json).num_segmentation_heads
+        try:
+            channels = determine_num_input_channels(plans, settings, self.dataset_json)
+            outputs = channels if pretraining else plans.get_label_manager(self.dataset_json).num_segmentation_heads
+        except Exception as e:
+            raise ValueError(f"nnU-Net cannot read dataset.json or the plans of {self.label}: {e!r}") from None
         builder = (pretraining or self.trainer).build_network_architecture
         if "plans_manager" in inspect.signature(builder).parameters:
             arguments: tuple[Any, ...] = (plans, settings, channels, outputs, pretraining is None)
@@ -74,7 +79,7 @@ class Target:
                 reason = str(e) or "no reason given (a Primus needs a patch_size divisible by 8)"
                 raise ValueError(
                     f"{self.trainer.__name__} cannot build its network for patch_size {list(self.view)} of "
-                    f"{self.configuration} in {self.plans['plans_name']}: {reason}"
+                    f"{self.configuration} in {self.plans.get('plans_name')}: {reason}"
                 ) from None
 
 
@@ -89,16 +94,20 @@ def find_target(dataset: str, configuration: str, plans: str, trainer: str) -> T
     if not file.is_file():
         others = sorted(p.stem for p in folder.glob("*.json") if "configurations" in _read_json(p))
         raise ValueError(
-            f"{folder.name} has no plans {plans!r} in {folder}. Found: {', '.join(others) or 'none'}. To plan it: "
-            f"nnUNetv2_plan_and_preprocess -d {int(folder.name[7:10])}"
+            f"{folder.name} has no plans {plans!r} in {folder}. Found: {', '.join(others) or 'none'}. To make them: "
+            f"{_planning(number_of(folder.name), plans)}"
         )
     if not (folder / "dataset.json").is_file():
         raise ValueError(f"{folder} has no dataset.json; nnU-Net's preprocessing copies it there.")
-    content = _read_json(file)
-    if configuration not in content.get("configurations", {}):
-        found = ", ".join(content.get("configurations", {}))
-        raise ValueError(f"{file} has no configuration {configuration!r}. Found: {found or 'none'}.")
-    return Target(content, configuration, _read_json(folder / "dataset.json"), trainer_class(trainer))
+    content, dataset_json = _read_json(file), _read_json(folder / "dataset.json")
+    _check_dataset_json(dataset_json, folder / "dataset.json")
+    for name in ("dataset_name", "plans_name"):
+        if not isinstance(content.get(name), str):
+            raise ValueError(f"{file} states no {name}: it is not a plans file of nnU-Net. Plan the dataset again.")
+    configurations = entry(content, "configurations")
+    if configuration not in configurations:
+        raise ValueError(f"{file} has no configuration {configuration!r}. Found: {', '.join(configurations) or 'none'}.")
+    return Target(content, configuration, dataset_json, trainer_class(trainer))
 
 
 def trainer_class(name: str) -> Any:
@@ -124,20 +133,55 @@ def trainer_class(name: str) -> Any:
         ) from None
 
 
+def number_of(name: str) -> int:
+    """The id in the name of a dataset."""
+    return int(name[7:10])
+
+
 def _dataset_folder(dataset: str) -> Path:
     root = os.environ.get("nnUNet_preprocessed")
     if not root:
         raise ValueError("nnUNet_preprocessed is not set: nnU-Net finds its datasets by it.")
-    name = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
-    found = [p for p in sorted(Path(root).glob(name)) if p.is_dir()]
+    named = re.fullmatch(_NAME, dataset) is not None
+    if not named and not re.fullmatch(r"\d{1,3}", dataset, re.ASCII):
+        raise ValueError(f"-d: expected the number or the name of a dataset, 4 or Dataset004_Hippocampus, found {dataset!r}.")
+    folders = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and re.fullmatch(_NAME, p.name)]
+    found = [p for p in folders if (p.name == dataset if named else number_of(p.name) == int(dataset))]
     if not found:
+        number = number_of(dataset) if named else int(dataset)
         raise ValueError(
-            f"No dataset {dataset} in {root}: it is not planned. Expected a number, or a name like Dataset004_Hippocampus; "
-            f"nnUNetv2_plan_and_preprocess -d {dataset} makes the folder."
+            f"No dataset {dataset} in {root}: it is not planned. nnUNetv2_plan_and_preprocess -d {number} makes the folder."
         )
     if len(found) > 1:
-        raise ValueError(f"Dataset {dataset} is ambiguous in {root}: {', '.join(p.name for p in found)}.")
+        raise ValueError(f"Dataset {dataset} is ambiguous in {root}: {', '.join(p.name for p in found)}. Give the name.")
     return found[0]
+
+
+_NAME = re.compile(r"Dataset\d{3}_.+", re.ASCII)
+
+
+def _planning(number: int, plans: str) -> str:
+    """The command that makes plans of this name: nnU-Net's ResEnc planners have plans of their own."""
+    if planned := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans):
+        return f"nnUNetv2_plan_and_preprocess -d {number} -pl nnUNetPlannerResEnc{planned.group(1)}"
+    if plans == "nnUNetPlans":
+        return f"nnUNetv2_plan_and_preprocess -d {number}"
+    return f"nnUNetv2_plan_and_preprocess -d {number} with the planner that makes plans of this name (-pl), or name others (-p)"
+
+
+def _check_dataset_json(content: dict[str, Any], file: Path) -> None:
+    """What nnU-Net needs of it to build a network.
+
+    Raises:
+        ValueError: labels or channels are missing, or channels are not counted from 0.
+    """
+    channels = entry(content, "channel_names") or entry(content, "modality")
+    if not entry(content, "labels") or not channels:
+        missing = "channel_names" if entry(content, "labels") else "labels"
+        raise ValueError(f"{file} states no {missing}, which nnU-Net needs to build the network. Add them to this file.")
+    if sorted(channels) != sorted(map(str, range(len(channels)))):
+        found = ", ".join(channels)
+        raise ValueError(f'{file}: expected channels counted from 0, as in {{"0": "T1", "1": "T2"}}, found {found}.')
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from nnunetv2_cva.transfer.adapt import Transfer
 from nnunetv2_cva.transfer.card import completed, plain
 from nnunetv2_cva.transfer.read import AGAIN
+from nnunetv2_cva.transfer.saving import check_writable, save_whole
 from nnunetv2_cva.transfer.target import Target
 
 
@@ -47,7 +47,7 @@ def write_for_nnunet(
             "fresh": {r.keys[0]: r.how for r in transfer.rows if r.action == "fresh"},
         },
     }
-    write(path, content, lambda file: check_with_stock_loader(file, network, target))
+    write(path, content, source.path, lambda file: check_with_stock_loader(file, network, target))
 
 
 def check_with_stock_loader(file: Path, network: nn.Module, target: Target) -> None:
@@ -73,25 +73,15 @@ def check_with_stock_loader(file: Path, network: nn.Module, target: Target) -> N
             raise ValueError(f"{key} is not the same after nnU-Net has loaded the file into {target.label}.")
 
 
-def write(path: str | Path, content: dict[str, Any], check: Callable[[Path], None]) -> None:
-    """Save ``content`` under ``path`` when ``check`` of the file on disk raises nothing; else leave ``path`` as it was.
+def write(path: str | Path, content: dict[str, Any], source: Path, check: Callable[[Path], None]) -> None:
+    """Save ``content``, made from the file ``source``, under ``path`` when ``check`` of the new file raises nothing; else leave
+    ``path`` as it was.
 
     Raises:
-        ValueError: not writable; or whatever ``check`` raises.
+        ValueError: not writable, or ``path`` is ``source``; or whatever ``check`` raises.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder. Pass the name of the file to write, for example {path / 'weights.pth'}.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    check_writable(path, source)
     try:
-        with open(partial, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        check(partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        raise ValueError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}. Nothing was written.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        save_whole(content, path, check)
+    except OSError as e:
+        raise ValueError(f"{e} Nothing was written.") from None
