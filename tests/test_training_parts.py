@@ -168,7 +168,7 @@ def test_where_nothing_was_saved_yet_a_failed_write_does_not_advise_to_continue(
 
     monkeypatch.setattr(torch, "save", full)
     (tmp_path / checkpoint.BEST).write_bytes(b"cannot be continued")
-    with pytest.raises(OSError, match=r"Could not write .*latest.pth.*GB are free there; make room, then start again\.$"):
+    with pytest.raises(OSError, match=r"latest.pth cannot be written: .*GB are free there\. Make room, then start again\.$"):
         checkpoint.save({"cva": 1}, tmp_path / checkpoint.LATEST)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from nnunetv2_cva.model.branches import Student, Teacher
 from nnunetv2_cva.transfer.opening import opened
+from nnunetv2_cva.transfer.saving import save_whole
 
 # Of a configuration: with another value of these it is another run.
 DECISIVE = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture")
@@ -59,20 +59,13 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
         OSError: it could not be written (disk full, say); the old file is untouched.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     content = _on_cpu(checkpoint, {})
     try:
-        with open(partial, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**30
+        save_whole(content, path)
+    except OSError as e:
         earlier = [name for name in (FINAL, LATEST) if (path.parent / name).is_file()]
-        advice = f"{earlier[0]} is untouched: make room, then continue with --c" if earlier else "make room, then start again"
-        raise OSError(f"Could not write {path}: {e}. {free:.2f} GB are free there; {advice}.") from e
+        advice = f"{earlier[0]} is untouched: make room, then continue with --c" if earlier else "Make room, then start again"
+        raise OSError(f"{e} {advice}.") from e
 
 
 def load(path: str | Path) -> dict[str, Any]:
