@@ -3,9 +3,10 @@
     python benchmarks/two_targets.py --raw FOLDER --folder WORK
 
 FOLDER holds Dataset004_Hippocampus and Dataset021_Sarcoma (with labels) and Dataset100_HeadMR (images), as nnU-Net keeps raw
-data; WORK is empty. Pretrains the preset tiny on some heads, exports the one checkpoint for both targets, trains with stock
+data. Pretrains the preset tiny on some heads, exports the one checkpoint for both targets, trains with stock
 nnU-Net from it and predicts a case of each. Training and prediction of the targets run in processes in which nothing of this
-package can be imported. A few iterations on a CPU: this shows that the files fit, not that they help.
+package can be imported. A few iterations on a CPU: this shows that the files fit, not that they help. A pretraining that is
+finished in WORK is not done again.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Uninstalled:
 sys.meta_path.insert(0, Uninstalled())
 """
 TRAIN = """
-import json, sys, torch
+import json, os, sys, torch
 from pathlib import Path
+os.environ["nnUNet_n_proc_DA"] = "0"
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -109,14 +111,17 @@ def add_small(file: Path, patch: list[int]) -> dict:
 
 
 def pretrain(raw: Path, folder: Path, epochs: int, iterations: int) -> Path:
+    finished = list((folder / "results" / SOURCE).rglob("checkpoint_final.pth"))
+    if finished:
+        return finished[0]
     heads = folder / "heads"
-    heads.mkdir()
+    heads.mkdir(exist_ok=True)
     for image in sorted((raw / HEADS / "imagesTr").iterdir())[:CASES]:
         shutil.copyfile(image, heads / image.name)
     plan = ["--images", heads, "--preset", "tiny", "--view", *VIEW, "-np", 2]
     run(["nnUNetv2_cva", "plan", "-d", SOURCE, *plan], folder)
     run(["nnUNetv2_cva", "preprocess", "-d", SOURCE, "-np", 2], folder)
-    os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations})
+    os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations, "workers": 0})
     trained = ["3d_fullres_cva", "all", "-tr", "nnUNetTrainerCVA", "-p", "nnUNetPlansCVA", "-device", "cpu"]
     run(["nnUNetv2_train", SOURCE, *trained], folder)
     (checkpoint,) = (folder / "results" / SOURCE).rglob("checkpoint_final.pth")
@@ -134,7 +139,7 @@ def finetune_and_predict(raw: Path, folder: Path, name: str, checkpoint: Path, i
     print(run(["nnUNetv2_cva", "export", checkpoint, *target, "-o", weights], folder))
     run(["python", "-c", TRAIN, name, PLANS, CONFIGURATION, weights, iterations], folder, plugin=False)
     image = folder / "raw" / name / "imagesTr" / f"{cases[0]}_0000.nii.gz"
-    (folder / "images" / name).mkdir(parents=True)
+    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(image, folder / "images" / name / image.name)
     files = ["-i", folder / "images" / name, "-o", folder / "predicted" / name]
     options = ["-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta"]
@@ -161,14 +166,12 @@ def main() -> None:
     parser.add_argument("--finetune", type=int, default=5, metavar="ITERATIONS")
     args = parser.parse_args()
     raw, folder = args.raw.resolve(), args.folder.resolve()
-    if folder.exists() and any(folder.iterdir()):
-        parser.error(f"--folder {folder} is not empty")
     for name in ("raw", "preprocessed", "results"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    (folder / "without").mkdir()
+    (folder / "without").mkdir(exist_ok=True)
     (folder / "without" / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
-    os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f")
+    os.environ["nnUNet_compile"] = "f"
     checkpoint = pretrain(raw, folder, *args.pretrain)
     lines = [finetune_and_predict(raw, folder, name, checkpoint, args.finetune) for name in TARGETS]
     print(f"From {checkpoint.name} of {SOURCE}, fine-tuned and predicted by stock nnU-Net without the plugin:\n")

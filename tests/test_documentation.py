@@ -1,0 +1,23 @@
+"""What the documents say can be found where they say it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere_and_nothing_waits_to_be_filled_in(document):
+    text = document.read_text(encoding="utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    assert [target for target in links if not (document.parent / target).exists()] == []
+    assert re.findall(r"^[A-Z][A-Z_]{4,}$", text, re.MULTILINE) == [], "a placeholder"
+
+
+def test_every_benchmark_is_described():
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "benchmarks").glob("*.md"))
+    scripts = {p.name for p in (ROOT / "benchmarks").glob("*.py")} - {"subjects.py"}  # what step.py compares
+    assert {name for name in scripts if name not in text} == set()
