@@ -189,6 +189,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         checkpoint.load(path)
 
 
+def test_code_in_a_checkpoint_is_refused_without_naming_an_option_that_training_lacks(tmp_path):
+    torch.save({"cva": {}, "code": print}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="opening it may execute anything. It was not written by this package") as refused:
+        checkpoint.load(tmp_path / "x.pth")
+    assert "--trust" not in str(refused.value)
+
+
 def test_a_stranger_is_not_resumed(tmp_path):
     torch.save({"network_weights": {}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="no entry 'cva'.*-pretrained_weights"):

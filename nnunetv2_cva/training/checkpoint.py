@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunetv2_cva.model.branches import Student, Teacher
-from nnunetv2_cva.transfer.opening import opened
+from nnunetv2_cva.transfer.opening import NeedsOption, opened
 from nnunetv2_cva.transfer.saving import save_whole
 
 # Of a configuration: with another value of these it is another run.
@@ -74,7 +74,10 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, or no checkpoint of a trainer of this package.
     """
-    checkpoint = opened(path, mapped=False)
+    try:
+        checkpoint = opened(path, mapped=False)
+    except NeedsOption as e:  # nnUNetv2_train has no such option
+        raise ValueError(f"{e.reason} It was not written by this package: continue from a checkpoint that was.") from None
     if "cva" not in checkpoint:
         raise ValueError(
             f"{path} is not a checkpoint of a pretraining trainer (no entry 'cva'). Weights of other trainers are a start, not "
