@@ -90,7 +90,7 @@ def build(recipe, manager, configuration, config: CVAConfig):
     network = recipe.backbone_trainer.build_network_architecture(manager, configuration, 1, 1, False)
     student = Student(make_backbone(network, config), config).train()
     teacher = Teacher(student).eval() if config.needs_heads else None
-    return Run(network, student, teacher, make_optimizer(student.parameters(), config, torch.device("cpu")), None)
+    return Run(student, teacher, make_optimizer(student.parameters(), config, torch.device("cpu")), None)
 
 
 def training_step(run: Run, config: CVAConfig, precision: str) -> TrainingStep:

@@ -68,7 +68,7 @@ class Subject:
             self.student = Student(make_backbone(self.network, self.config), self.config).train()
         self.teacher = Teacher(self.student).eval()
         self.optimizer = make_optimizer(self.student.parameters(), self.config, device)
-        run = Run(self.network, self.student, self.teacher, self.optimizer, None)
+        run = Run(self.student, self.teacher, self.optimizer, None)
         self.training_step = TrainingStep(run, self.student, self.config, autocast=lambda: self.autocast, compiled=compiled)
         self.compiled = compiled
         self.size, block = (edge,) * 3, self.student.backbone.block

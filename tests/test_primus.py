@@ -285,6 +285,7 @@ def test_the_teacher_is_a_copy_that_shares_nothing_and_trains_nothing(version):
     views, _, rois = batch()
     maps, image = pupil.backbone.encode(pupil.backbone.averaged(), views)
     said = teacher(views, rois)
+    # Three batch normalisations of four rows magnify rounding, which differs between releases of torch.
     torch.testing.assert_close(said["image"], pupil.projector(image), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(said["bins"].flatten(0, 1), pupil.projector(pupil.features(views, rois).flatten(0, 1)))
     assert maps[0].shape == (4, 48, *GRID) and not said["bins"].requires_grad

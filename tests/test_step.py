@@ -26,7 +26,7 @@ def make_run(scaler=None):
     torch.manual_seed(0)
     network = unet()
     student = Student(make_backbone(network, CONFIG), CONFIG)
-    return Run(network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), scaler)
+    return Run(student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), scaler)
 
 
 def batch(seed=0, size=SIZE, block=(8, 8, 8)):
@@ -48,7 +48,7 @@ def test_the_student_never_sees_what_is_hidden_and_the_teacher_does(network):
     """Through the step itself: what the branches are called with, and what they make of it."""
     torch.manual_seed(0)
     student = Student(make_backbone(network(), CONFIG), CONFIG)
-    run = Run(student.backbone.network, student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), None)
+    run = Run(student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), None)
     size = PRIMUS_SIZE if network is not unet else SIZE
     ready = batch(size=size, block=student.backbone.block)
     seen, told = [], []

@@ -188,7 +188,7 @@ def _for_the_loader(found: Speeds, cores: int) -> list[str]:
     else:
         lines = [f"All {cores} cores that this process may use are in use: {needed} loader processes would need as many cores."]
     if needed > cores - 1:
-        lines.append('Fewer resampled views: rotation_p and scale_p in "cva" (benchmarks/speed.md has what each costs).')
+        lines.append('Fewer resampled views: rotation_p and scale_p in "cva": a resampled view costs several times a crop.')
     return lines
 
 

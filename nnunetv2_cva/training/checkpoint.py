@@ -22,13 +22,17 @@ FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoi
 
 @dataclass(frozen=True)
 class Run:
-    """Everything of a run that has a state. ``network``: nnU-Net's, which the student's backbone holds."""
+    """Everything of a run that has a state."""
 
-    network: nn.Module
     student: Student
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+
+    @property
+    def network(self) -> nn.Module:
+        """nnU-Net's own, which the student's backbone holds."""
+        return self.student.backbone.network
 
     def put_into(self, content: dict[str, Any], whole: bool) -> dict[str, Any]:
         """Add the states to a checkpoint: nnU-Net's entries, ours under ``cva``. Not ``whole``: the network's weights only."""
@@ -100,7 +104,7 @@ def load_whole(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def carry_heads(path: str | Path, network: nn.Module, student: Student) -> str | None:
+def carry_heads(path: str | Path, student: Student) -> str | None:
     """Fill the student's heads, and a U-Net's output layer that reconstructs, from the pretraining checkpoint ``path`` as far as
     it has them in the same shapes. Returns what was carried and what is new, in words; None where the file holds no heads.
     """
@@ -108,12 +112,13 @@ def carry_heads(path: str | Path, network: nn.Module, student: Student) -> str |
     saved = (content.get("cva") or {}).get("heads")
     if saved is None:
         return None
-    ours = {**student.heads(), "output layer": getattr(getattr(network, "decoder", None), "seg_layers", nn.ModuleList())}
+    decoder: Any = getattr(student.backbone.network, "decoder", None)  # a Primus has none: its patch decoder is a head
+    ours = {**student.heads(), "output layer": nn.ModuleList() if decoder is None else decoder.seg_layers}
     theirs = {**saved, "output layer": _below(content["network_weights"], "decoder.seg_layers.")}
     fits = {name: _shapes(module.state_dict()) == _shapes(theirs.get(name, {})) for name, module in ours.items()}
     for name in (n for n, fit in fits.items() if fit):
         ours[name].load_state_dict(theirs[name])
-    named = [n for n, m in ours.items() if any(True for _ in m.parameters())]
+    named = [n for n, m in ours.items() if m.state_dict()]
     carried = ", ".join(n for n in named if fits[n]) or "none"
     return f"Heads from the file: {carried}; new: {', '.join(n for n in named if not fits[n]) or 'none'}."
 

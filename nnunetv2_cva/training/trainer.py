@@ -162,7 +162,7 @@ class CVATrainer(nnUNetTrainer):
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
             for line in start_from(self.config.init_from, self.network, self.view_size):
                 self.print_to_log_file(line)
-            heads = checkpoints.carry_heads(self.config.init_from, self.network, self.student)
+            heads = checkpoints.carry_heads(self.config.init_from, self.student)
             if heads is not None:
                 self.print_to_log_file(heads)
 
@@ -378,7 +378,7 @@ class CVATrainer(nnUNetTrainer):
         self._resumed, self._resumed_from = content, f"{path}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
 
     def _run(self) -> checkpoints.Run:
-        return checkpoints.Run(self.network, self.student, self.teacher, self.optimizer, self.grad_scaler)
+        return checkpoints.Run(self.student, self.teacher, self.optimizer, self.grad_scaler)
 
 
 def _checksum(network: nn.Module) -> float:
