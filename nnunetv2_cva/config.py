@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 ENVIRONMENT_VARIABLE = "nnUNet_cva"
+SUFFIX = "_cva"  # of the name of a configuration for pretraining, which inherits from the one that is fine-tuned
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE_ON_RESUME = frozenset(

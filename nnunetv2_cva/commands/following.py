@@ -71,7 +71,7 @@ def say_next(
     targets: Sequence[FineTuned],
 ) -> None:  # fmt: skip
     """What to type for the pretraining and for every fine-tuning after it. ``written``: the targets that have the same plans."""
-    from nnunetv2_cva.datasets.plan import SUFFIX
+    from nnunetv2_cva.config import SUFFIX
 
     name, configuration = plans["dataset_name"], args.configuration + SUFFIX
     options = "" if args.plans == PLANS else f" -p {args.plans}"

@@ -26,11 +26,11 @@ def add_configuration(
     """
     import numpy as np
 
-    from nnunetv2_cva.config import CVAConfig
+    from nnunetv2_cva.config import SUFFIX, CVAConfig
     from nnunetv2_cva.datasets import plan, proposal
 
     base = plans["configurations"][args.configuration]
-    given = preset["configurations"].get(args.configuration + plan.SUFFIX, {}) if preset else {}
+    given = preset["configurations"].get(args.configuration + SUFFIX, {}) if preset else {}
     config = CVAConfig().updated(given.get("cva", {}), "preset")
     step = proposal.TOKEN if recipe.is_primus else proposal.strides(base["architecture"])
     view, found = _view(args.view, given.get("patch_size"), shapes, base["patch_size"], step, config)

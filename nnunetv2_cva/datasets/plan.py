@@ -19,12 +19,12 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from nnunetv2_cva.config import SUFFIX
 from nnunetv2_cva.datasets.inspect import Finding
 from nnunetv2_cva.datasets.inventory import write_json
 from nnunetv2_cva.datasets.reading import ending_of, readers
 
 DEFAULT_PLANNER = "nnUNetPlannerResEncL"
-SUFFIX = "_cva"  # of the pretraining configuration's name
 PER_DATASET = ("dataset_name", "plans_name", "image_reader_writer", "foreground_intensity_properties_per_channel",
                "original_median_spacing_after_transp", "original_median_shape_after_transp")  # fmt: skip
 

@@ -29,9 +29,8 @@ class TrainingStep:
     """Trains what ``run`` holds on one prepared batch after the other.
 
     ``student``: the run's student as it is called, wrapped where there are several GPUs. ``cases``: of every rank's part of a
-    step. ``compiled``: both branches under
-    ``torch.compile``. When the first step fails with it, forward or backward, ``say`` gets one line and the step is done again
-    without; running out of GPU memory is not the compiler's fault and is raised.
+    step. ``compiled``: both branches under ``torch.compile``. When the first step fails with it, forward or backward, ``say``
+    gets one line and the step is done again without; running out of GPU memory is not the compiler's fault and is raised.
     """
 
     def __init__(
@@ -102,5 +101,5 @@ class TrainingStep:
 @torch.no_grad()
 def all_finite(module: nn.Module) -> bool:
     """Whether every parameter is a finite number. Waits for the device once."""
-    norms = torch._foreach_norm([p for p in module.parameters()])
+    norms = torch._foreach_norm(list(module.parameters()))
     return bool(torch.stack([n.float() for n in norms]).isfinite().all())
