@@ -95,7 +95,7 @@ class History:
             axes.set(title=title, xlabel="epoch")
             axes.grid(alpha=0.3)
             if axes.lines:
-                axes.legend(fontsize="small")
+                axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, not on them
         partial = self.folder / "progress.partial.png"
         figure.savefig(partial, dpi=110)
         os.replace(partial, self.folder / "progress.png")
