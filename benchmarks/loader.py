@@ -164,39 +164,45 @@ def table_of_cases(folder: Path, image: Path | None, pairs: int) -> None:
 
 def table_of_workers(folder: Path, image: Path | None, pairs: int) -> None:
     """Through torch's DataLoader: time on the clock, 4 cases per step."""
-    keys = write(folder, CASE, 128, image, count=4)
-    print("View 128^3, 4 cases per step, on the clock:\n\n| workers | default, pairs/s | crops, pairs/s |\n|---|---|---|")
-    for workers in (1, 2):
-        rates = []
-        for name in ("default", "crops"):
-            data = PairDataset(Cases(folder, keys), keys, (128,) * 3, SETTINGS[name], 4, (0, 4), seed=0)
-            batches = Batches(make_loader(data, 0, 10**6, workers, 2)[0])
-            for _ in range(2 * workers):
-                next(batches)
-            began = perf_counter()
-            steps = max(4 * workers, pairs // 4)
-            for _ in range(steps):
-                next(batches)
-            rates.append(4 * steps / (perf_counter() - began))
-            batches.close()
-        print(f"| {workers} | {rates[0]:.1f} | {rates[1]:.1f} |", flush=True)
+    print("4 cases per step, on the clock:\n\n| view | workers | default, pairs/s | crops, pairs/s |\n|---|---|---|---|")
+    for view in (128, 160):
+        keys = write(folder, CASE, view, image, count=4)
+        for workers in (1, 2):
+            rates = [_rate(folder, keys, view, SETTINGS[name], workers, pairs) for name in ("default", "crops")]
+            print(f"| {view}^3 | {workers} | {rates[0]:.1f} | {rates[1]:.1f} |", flush=True)
     print()
 
 
+def _rate(folder: Path, keys: list[str], view: int, config: CVAConfig, workers: int, steps: int) -> float:
+    """Pairs per second over the same steps with any number of workers."""
+    data = PairDataset(Cases(folder, keys), keys, (view,) * 3, config, 4, (0, 4), seed=0)
+    batches = Batches(make_loader(data, 0, 10**6, workers, 2)[0])
+    for _ in range(4):
+        next(batches)
+    began = perf_counter()
+    for _ in range(steps):
+        next(batches)
+    seconds = perf_counter() - began
+    batches.close()
+    return 4 * steps / seconds
+
+
 def table_of_memory(folder: Path, image: Path | None) -> None:
-    """Peak of a worker (Linux, VmHWM: all of the process with torch in it, and the batch that it hands over)."""
-    print("Peak memory of a worker process, 4 cases per step:\n\n| view | spatial transforms | MB |\n|---|---|---|")
+    """Peak of a worker (Linux, VmHWM: all of the process with torch in it, and the shared memory of its batches)."""
+    print("Peak memory of a worker process, 4 cases per step:\n")
+    print("| view | spatial transforms | MB | of which batches |\n|---|---|---|---|")
     for view in (128, 160):
         keys = write(folder, CASE, view, image, count=4)
         for name in ("crops", "all rotated"):
             command = [sys.executable, __file__, "--worker", str(folder), str(view), name, *keys]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            print(f"| {view}^3 | {name} | {float(done.stdout.splitlines()[-1]):.0f} |", flush=True)
+            peak, batches = map(float, done.stdout.splitlines()[-1].split())
+            print(f"| {view}^3 | {name} | {peak:.0f} | {batches:.0f} |", flush=True)
     print()
 
 
 def worker(folder: str, view: str, name: str, *keys: str) -> None:
-    """Load some steps with one worker; print its peak in MB."""
+    """Load some steps with one worker; print its peak and the three batches in it, in MB."""
     data = PairDataset(Cases(folder, list(keys)), list(keys), (int(view),) * 3, SETTINGS[name], 4, (0, 4), seed=0)
     batches = Batches(make_loader(data, 0, 10**6, 1, 2)[0])
     (process,) = batches._iterator._workers
@@ -204,7 +210,7 @@ def worker(folder: str, view: str, name: str, *keys: str) -> None:
         next(batches)
     peak = _peak(process.pid)
     batches.close()
-    print(peak)
+    print(peak, 3 * data.batch_bytes / 2**20)
 
 
 def _peak(pid: int) -> float:

@@ -251,12 +251,35 @@ def test_a_step_is_the_same_with_any_number_of_workers_and_after_resuming(folder
     for workers in (0, 1, 3):
         for first in (0, 3):
             loader, note = make_loader(data, first, 5, workers, prefetch=2)
-            found = list(Batches(loader))
-            assert note is None and len(found) == 5 - first
-            assert all(same(a, b) for a, b in zip(expected[first:], found, strict=True))
+            batches = Batches(loader)
+            assert note is None and all(same(expected[step], next(batches)) for step in range(first, 5))
+            assert next(batches, None) is None
     assert torch.equal(state, torch.get_rng_state())  # a loader leaves the training's own randomness alone
     assert not same(expected[0], expected[1])
     assert not same(expected[0], dataset(folder, KEYS, CVAConfig(), batch=2, seed=1)[0])
+
+
+def test_memory_that_is_kept_is_written_in_turn(folder: Path) -> None:
+    data = dataset(folder, KEYS, CVAConfig(), batch=2)
+    expected = [data[step] for step in range(4)]
+    data.keep_memory(3)
+    found = [data[step] for step in range(4)]
+    assert all(same(expected[step], found[step]) for step in (1, 2, 3))
+    for name in ("views", "inside"):
+        assert found[3][name].data_ptr() == found[0][name].data_ptr() and found[0][name].is_shared()
+        assert len({found[step][name].data_ptr() for step in (0, 1, 2)}) == 3
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_a_batch_in_use_is_not_written_over(folder: Path, workers: int, prefetch: int) -> None:
+    data = dataset(folder, KEYS, CVAConfig(), batch=2)
+    batches = Batches(make_loader(data, 0, 12, workers, prefetch)[0])
+    for step in range(12):
+        batch = next(batches)
+        if step % 4 == 0:
+            time.sleep(0.3)  # workers go on as far as they may
+        assert same(data[step], batch)
+    batches.close()
 
 
 def test_the_parts_of_all_processes_are_the_whole_batch(folder: Path) -> None:
@@ -599,12 +622,14 @@ def test_waiting_batches_keep_to_their_share_of_memory(folder: Path, monkeypatch
         monkeypatch.setattr(resources, "_shared_memory", lambda: (megabytes * 2**20, megabytes * 2**20))
         monkeypatch.setattr(resources, "_memory", lambda: (2**40, 2**40))
 
-    free(16_000)
+    free(9_600)
     assert fit_into_memory(batch, 8, 2) == (8, 2, None)
-    free(4_000)
+    free(9_500)
     workers, prefetch, note = fit_into_memory(batch, 8, 2)
     assert (workers, prefetch) == (8, 1) and note is not None and "1 instead of 2 steps" in note
-    free(1_600)
+    free(6_400)
+    assert fit_into_memory(batch, 8, 2)[:2] == (8, 1)
+    free(3_200)
     assert fit_into_memory(batch, 8, 2)[:2] == (4, 1)
     free(64)
     workers, prefetch, note = fit_into_memory(batch, 8, 2)

@@ -6,10 +6,12 @@ nothing else: not from the number of workers or processes, nor from what was loa
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import BaseContext
 from time import perf_counter
 from types import FrameType
@@ -75,6 +77,7 @@ class PairDataset(Dataset):
         self.config = config if config.needs_second_view else replace(config, overlap=(1.0, 1.0), spatial="shared")
         self.batch_total, self.rank_slice, self.seed, self.weights = batch_total, rank_slice, seed, weights
         self.channels = cases.open(self.keys[0]).channels
+        self._memory: Iterator[tuple[Tensor, Tensor]] | None = None
 
     @property
     def batch_bytes(self) -> int:
@@ -82,14 +85,26 @@ class PairDataset(Dataset):
         views = self.per_case * (self.rank_slice[1] - self.rank_slice[0])
         return views * int(np.prod(self.size)) * (4 * self.channels + 1)
 
+    def keep_memory(self, items: int) -> None:
+        """Write into the same shared memory in turn from now on: an item is overwritten ``items`` items later.
+
+        The kernel provides fresh shared memory page by page, which takes longer than reading a pair of plain crops.
+        """
+        self._memory = itertools.cycle([self._new_memory(_shared) for _ in range(items)])
+
+    def _new_memory(self, make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> tuple[Tensor, Tensor]:
+        """``views`` and ``inside`` of an item, not yet written."""
+        count = self.per_case * (self.rank_slice[1] - self.rank_slice[0])
+        views = make((count, self.channels, *self.size), torch.float32)
+        return views, make((count, 1, *self.size), torch.bool)
+
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Raises ValueError, naming the file, when a case cannot be read or holds NaN or Inf."""
         chosen = stream("cases", self.seed, step).choice(len(self.keys), self.batch_total, replace=False, p=self.weights)
         begin, end = self.rank_slice
         count = end - begin
         keys = [str(self.keys[c]) for c in chosen[begin:end]]
-        views = _empty((self.per_case * count, self.channels, *self.size), torch.float32)
-        inside = _empty((self.per_case * count, 1, *self.size), torch.bool)
+        views, inside = self._new_memory(_private) if self._memory is None else next(self._memory)
         pairs = [
             self._load(key, stream("views", self.seed, step, begin + b), views[b::count], inside[b::count, 0])
             for b, key in enumerate(keys)
@@ -137,12 +152,20 @@ def _read(case: Case, boxes: list[np.ndarray]) -> list[np.ndarray]:
     return [voxels[:, i, j, k] for i, j, k in parts]
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a batch. In a worker it is shared memory, as in torch's own collation, and handed over uncopied."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
+def _private(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As in torch's own collation: what lies in it is handed to another process uncopied."""
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * dtype.itemsize, device="cpu")
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+
+def _keep_memory(items: int, worker: int) -> None:
+    """At the start of a worker."""
+    dataset: Any = get_worker_info().dataset  # type: ignore[union-attr]
+    dataset.keep_memory(items)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -165,7 +188,11 @@ def make_loader(
     memory. ``context``: how workers are started (fork, spawn, forkserver), None for the platform's default.
     """
     workers, prefetch, note = fit_into_memory(dataset.batch_bytes * processes, workers, prefetch)
-    parallel: dict[str, Any] = {"prefetch_factor": prefetch, "multiprocessing_context": context} if workers else {}
+    parallel: dict[str, Any] = {}
+    if workers:
+        # Workers take turns. A worker has been asked for `prefetch` items after the one that is in use.
+        start = partial(_keep_memory, prefetch + 1)
+        parallel = {"prefetch_factor": prefetch, "multiprocessing_context": context, "worker_init_fn": start}
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -182,6 +209,7 @@ def make_loader(
 class Batches:
     """Iterator over a loader's batches that measures how long it waits and explains why a worker died.
 
+    A batch is the caller's until the next one is asked for; its memory may then be written again.
     ``waited``: seconds spent in ``next`` since it was last set to 0. Workers start at once; ``close`` ends them.
     """
 

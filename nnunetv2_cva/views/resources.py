@@ -50,16 +50,17 @@ def usable_cores(environment: Mapping[str, str], cgroups: Path, processes: int =
 def fit_into_memory(batch_bytes: int, workers: int, prefetch: int) -> tuple[int, int, str | None]:
     """``(workers, prefetch, note)``: as asked for, or less, so that waiting batches keep to their share of memory.
 
-    0 workers load in the main process, where nothing is shared and nothing waits.
+    A worker has memory for ``prefetch`` batches that wait and one that is in use. 0 workers load in the main process, where
+    nothing is shared and nothing waits.
     """
     available = [free for free, _ in (_shared_memory(), _memory()) if free is not None]
     if not workers or not available:
         return workers, prefetch, None
     room = int(MEMORY_SHARE * min(available) // batch_bytes)  # batches
-    if workers * prefetch <= room:
+    if workers * (prefetch + 1) <= room:
         return workers, prefetch, None
-    fitting_prefetch = max(1, min(prefetch, room // workers))
-    fitting_workers = min(workers, room // fitting_prefetch)
+    fitting_prefetch = max(1, min(prefetch, room // workers - 1))
+    fitting_workers = min(workers, room // (fitting_prefetch + 1))
     note = (
         f"Loading with {fitting_workers} instead of {workers} workers and {fitting_prefetch} instead of {prefetch} "
         f"steps ahead: a batch takes {batch_bytes / 2**20:.0f} MB and {memory_report()}. In docker, --shm-size "
