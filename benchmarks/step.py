@@ -5,9 +5,9 @@
     python benchmarks/step.py time [--device cuda] [--compile] [--steps 10] [small_unet small_primus]  # cuda: also the two above
 
 The whole step is the trainer's own; it is also taken apart and its parts are timed one by one. Beside it, in the same run: "slow
-way" is the same step with a teacher in float32 that goes through a decoder as well and with all taps brought to 16^3 positions
-that are all projected before they are aligned (never compiled); "supervised" is a step of plain nnU-Net (Dice and cross-entropy
-with deep supervision) with as many patches as we have views.
+way" is the same step with a teacher in float32 that goes through a decoder as well, with all taps brought to 16^3 positions that
+are all projected before they are aligned, and with all activations kept (never compiled); "supervised" is a step of plain nnU-Net
+(Dice and cross-entropy with deep supervision) with as many patches as we have views.
 
 "needed" is the sum of what the method cannot do without: student forward and backward, teacher's encoder forward, heads on the
 bins alone. Each is counted by itself, from the networks' plain modules.
@@ -106,7 +106,7 @@ def memory(names: list[str]) -> None:
         found = {}
         for run in ("slow way", "whole step", "supervised"):
             with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake():
-                subject = Subject(name, torch.device("cpu"))
+                subject = Subject(name, torch.device("cpu"), recompute=run != "slow way")
                 subject.bf16 = True
                 step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run) or supervised(subject)
                 with Peak() as tracker:
@@ -156,7 +156,8 @@ def time(names: list[str], device: torch.device, steps: int, compiled: bool) -> 
     for name in names:
         subject = Subject(name, device, compiled)
         times = Times(device)
-        runs = {"whole step": subject.whole, "slow way": subject.slow_way, "supervised": supervised(subject)}
+        slow = Subject(name, device, recompute=False)
+        runs = {"whole step": subject.whole, "slow way": slow.slow_way, "supervised": supervised(subject)}
         for step in (subject.step, *runs.values()):  # warm up
             step(lambda name: nullcontext())
         for _ in range(steps):  # in turn: what else runs on the machine meets all alike
@@ -170,7 +171,7 @@ def time(names: list[str], device: torch.device, steps: int, compiled: bool) -> 
         for part, seconds in times.of.items():
             print(f"| {part} | {1000 * seconds / steps:.1f} | {100 * seconds / whole:.1f} % |")
         print(f"whole step / slow way: {whole / times.of['slow way']:.2f}", flush=True)
-        del subject, runs
+        del subject, slow, runs
         if device.type == "cuda":
             peaks(name, device, compiled)
 
@@ -180,7 +181,7 @@ def peaks(name: str, device: torch.device, compiled: bool) -> None:
     for run in ("whole step", "slow way", "supervised"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        subject = Subject(name, device, compiled)
+        subject = Subject(name, device, compiled, recompute=run != "slow way")
         step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run)
         if step is None:
             step = supervised(subject)

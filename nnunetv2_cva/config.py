@@ -31,7 +31,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
 # The paper's optimisation of Primus-M; its U-Nets have the defaults of CVAConfig.
 PRIMUS: dict[str, Any] = {
     "optimizer": "adamw", "learning_rate": 3e-4, "betas": (0.9, 0.98), "weight_decay": 5e-2, "warmup_epochs": 10,
-    "gradient_clip": 1.0, "epochs": 150,
+    "gradient_clip": 1.0, "epochs": 150, "gradient_checkpointing": "selective",
 }  # fmt: skip
 
 
@@ -105,7 +105,8 @@ class CVAConfig:
     tf32: bool = True  # float32 convolutions, as in torch; matrix products stay exact, which RoIAlign needs
     channels_last: bool = False  # memory format of convolutions
     fused_optimizer: bool = True  # one kernel for all parameters, on CUDA
-    gradient_checkpointing: bool = False
+    # What the backward pass computes again instead of keeping it: all; all but convolutions, matrix products and attention
+    gradient_checkpointing: bool | Literal["selective"] = False
     sampling: Literal["cases", "datasets", "sqrt"] = "cases"  # drawn alike: cases; datasets; datasets by the root of their size
     workers: int | None = None  # None: from nnUNet_n_proc_DA, else from the cores this process may use
     prefetch: int = 2  # steps that each worker prepares ahead

@@ -174,9 +174,10 @@ def test_a_slow_loader_needs_processes_or_cores(change, cores, expected):
     [
         ({"dtype": None}, 6 * 2**30, 'precision "auto"'),
         ({"compiled": False}, 6 * 2**30, "nnUNet_compile=1"),
-        ({"checkpointing": True}, 2 * 2**30, "gradient_checkpointing false"),
+        ({"checkpointing": True}, 2 * 2**30, 'gradient_checkpointing "selective"'),
+        ({"checkpointing": "selective"}, 7.9 * 2**30, "gradient_checkpointing true"),
         ({}, 2 * 2**30, "75 % of the memory is free"),
-        ({}, 7.9 * 2**30, "gradient_checkpointing true"),
+        ({}, 7.9 * 2**30, 'gradient_checkpointing "selective"'),
         ({}, 6 * 2**30, "Nothing: the device is busy"),
         ({"device": "cpu"}, 6 * 2**30, "A CUDA GPU"),
     ],

@@ -1,9 +1,12 @@
 """Primus: the stock network when nothing is hidden, and nothing of what is hidden."""
 
+from collections import Counter
+
 import pytest
 import torch
 from networks import PRIMUS_SIZE, primus, unet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
@@ -329,15 +332,42 @@ def test_checkpointing_changes_memory_and_nothing_else(version):
     """In training, where paths are dropped at random: the same ones when computed again."""
     views, mask, rois = batch()
     gradients = []
-    for on in (False, True):
-        config = SMALL.updated({"gradient_checkpointing": on}, "test")
+    for how in (False, True, "selective"):
+        config = SMALL.updated({"gradient_checkpointing": how}, "test")
         pupil = student(version, config, depth=4).train()
         assert Teacher(pupil).eval()(views, rois)["bins"].shape[0] == 4
         torch.manual_seed(3)
         sum((v**2).sum() for v in pupil(views, mask, rois).values()).backward()
         gradients.append([p.grad for p in pupil.parameters() if p.requires_grad])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    for plain, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, plain)
+
+
+class Calls(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.of[operation._overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_what_is_cheap_again_and_no_product():
+    views, mask, rois = batch()
+    calls = {}
+    for how in (False, True, "selective"):
+        pupil = student(1, SMALL.updated({"gradient_checkpointing": how}, "test")).train()
+        with Calls() as counted:
+            sum((v**2).sum() for v in pupil(views, mask, rois).values()).backward()
+        calls[how] = counted.of
+    for product in ("addmm", "mm", "_scaled_dot_product_flash_attention_for_cpu", "convolution"):
+        assert calls["selective"][product] == calls[False][product]
+    assert calls[True]["addmm"] > calls[False]["addmm"] > 0
+    assert calls[True]["native_layer_norm"] == calls["selective"]["native_layer_norm"] > calls[False]["native_layer_norm"]
 
 
 def test_a_copy_of_a_checkpointed_network_computes_with_its_own_weights():

@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 CONFIG = CVAConfig(head_width=16, predictor_width=8, roi_size=(2, 3, 2), mask_block=8, learning_rate=0.1)
 
 
-def make_run(scaler=None):
+def make_run(scaler=None, config=CONFIG):
     torch.manual_seed(0)
     network = unet()
-    student = Student(make_backbone(network, CONFIG), CONFIG)
-    return Run(student, Teacher(student), make_optimizer(student.parameters(), CONFIG, CPU), scaler)
+    student = Student(make_backbone(network, config), config)
+    return Run(student, Teacher(student), make_optimizer(student.parameters(), config, CPU), scaler)
 
 
 def batch(seed=0, size=SIZE, block=(8, 8, 8)):
@@ -178,13 +178,15 @@ def test_a_compilation_that_fails_is_said_once_and_the_step_done_without(directi
     assert all(map(torch.equal, weights(run.student), weights(eager.student)))
 
 
-def test_compiled_branches_train_the_same(monkeypatch):
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_compiled_branches_train_the_same(recompute, monkeypatch):
     compile_, said = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager", fullgraph=True))
-    eager, compiled = make_run(), make_run()
+    config = CONFIG.updated({"gradient_checkpointing": recompute}, "test")
+    eager, compiled = make_run(), make_run(config=config)
     steps = [
         TrainingStep(eager, eager.student, CONFIG),
-        TrainingStep(compiled, compiled.student, CONFIG, compiled=True, say=said.append),
+        TrainingStep(compiled, compiled.student, config, compiled=True, say=said.append),
     ]
     for n in range(3):
         first, second = (step(batch(n)) for step in steps)

@@ -100,6 +100,13 @@ def test_checkpoints_need_no_trust_and_best_holds_weights_only(finished):
     assert final["cva"]["config"] == json.loads((finished / "cva_config.json").read_text())
 
 
+def test_what_mps_cannot_recompute_is_kept(project, monkeypatch, capsys):
+    monkeypatch.setenv(ENVIRONMENT, json.dumps({"gradient_checkpointing": "selective"}))
+    assert make_trainer(nnUNetTrainerCVA).config.gradient_checkpointing == "selective"
+    assert make_trainer(nnUNetTrainerCVA, device="mps").config.gradient_checkpointing is False
+    assert "gradient_checkpointing is off" in capsys.readouterr().out
+
+
 def test_stopped_and_continued_equals_uninterrupted(tmp_path, monkeypatch):
     finished = {}
     for name in ("whole", "stopped"):

@@ -55,12 +55,7 @@ class PrimusBackbone(nn.Module):
         self._grid = _grid(eva)
         network.up_projection.requires_grad_(False)
         self._add_heads(config)
-        if config.gradient_checkpointing:
-            recompute_in_backward(eva.blocks)
-            for blocks in (self.feature_blocks, self.decoder_blocks):
-                recompute_in_backward(blocks.blocks if blocks is not None else ())
-            if hasattr(network.down_projection, "stages"):  # at full resolution: they hold more than all blocks together
-                recompute_in_backward([network.down_projection.stem, *network.down_projection.stages])
+        recompute_in_backward(self._recomputed(), config.gradient_checkpointing)
 
     def _add_heads(self, config: CVAConfig) -> None:
         eva, channels = self.network.eva, self.image_channels
@@ -79,6 +74,14 @@ class PrimusBackbone(nn.Module):
             self.decoder_blocks = _blocks(eva, own_heads, self._grid)
             first = next(m for m in self.network.down_projection.modules() if isinstance(m, nn.Conv3d))
             self.patch_decoder = PatchDecode(self.block, channels, first.in_channels).apply(InitWeights_He(1e-2))
+
+    def _recomputed(self) -> Iterator[nn.Module]:
+        """The modules that gradient checkpointing takes one by one."""
+        for blocks in (self.network.eva, self.feature_blocks, self.decoder_blocks):
+            yield from () if blocks is None else blocks.blocks
+        tokenizer = self.network.down_projection
+        if hasattr(tokenizer, "stages"):  # at full resolution: they hold more than all blocks together
+            yield from (tokenizer.stem, *tokenizer.stages)
 
     def check_view(self, size: tuple[int, int, int]) -> None:
         """Raise ValueError unless the view is the grid of whole tokens that the network was built for."""

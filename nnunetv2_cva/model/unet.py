@@ -29,8 +29,7 @@ class UNetBackbone(nn.Module):
         self.mask_ratio = config.mask_ratio
         self.reconstructs = config.reconstruction_weight > 0
         self._freeze_unread()
-        if config.gradient_checkpointing:
-            recompute_in_backward([*network.encoder.stages, *network.decoder.stages])
+        recompute_in_backward([*network.encoder.stages, *network.decoder.stages], config.gradient_checkpointing)
 
     def check_view(self, size: tuple[int, int, int]) -> None:
         """Raise ValueError unless every stage halves the view without remainder and masking leaves something to see."""

@@ -110,8 +110,8 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
         both, waiting = _both(trainer, BOTH * seconds, clock)
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
-            f"A step does not fit into the {_size(clock.available())} of the device. Set gradient_checkpointing in \"cva\", or "
-            "lower batch_size or patch_size of the configuration."
+            f"A step does not fit into the {_size(clock.available())} of the device. Set gradient_checkpointing in \"cva\" to "
+            '"selective" or, for still less memory, to true, or lower batch_size or patch_size of the configuration.'
         ) from None
     workers = trainer.dataloader_train.workers
     return Speeds(loader, device, both, waiting, workers, first, clock.peak(), clock.available())
@@ -200,12 +200,14 @@ def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
         lines.append('precision "auto" in "cva": bf16 where the GPU has it. fp32 is set now.')
     if not trainer._do_i_compile():
         lines.append("export nnUNet_compile=1: torch.compile is off.")
-    if trainer.config.gradient_checkpointing and free > 0.5:
-        lines.append('gradient_checkpointing false in "cva": more than half of the memory is free.')
+    recomputed = trainer.config.gradient_checkpointing
+    if recomputed is True and free > 0.5:
+        lines.append('gradient_checkpointing "selective" in "cva": more than half of the memory is free.')
     elif free > 0.4:
         lines.append(f"batch_size: {100 * free:.0f} % of the memory is free. More cases per step are another training, though.")
     elif free < 0.05:
-        lines.append('The memory is all but full: gradient_checkpointing true in "cva", if a step should fail.')
+        more = "true" if recomputed else '"selective"'
+        lines.append(f'The memory is all but full: gradient_checkpointing {more} in "cva", if a step should fail.')
     return lines or ["Nothing: the device is busy with what has to be computed."]
 
 

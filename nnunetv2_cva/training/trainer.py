@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from time import monotonic
 from typing import Any
@@ -59,6 +60,9 @@ class CVATrainer(nnUNetTrainer):
         self.enable_deep_supervision = False
         self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
+        if self.config.gradient_checkpointing and self.device.type == "mps":
+            self.config = replace(self.config, gradient_checkpointing=False)
+            self.print_to_log_file("gradient_checkpointing is off: torch cannot draw the same again on mps.")
         self.autocast_dtype = autocast_dtype(self.config.precision, self.device)
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.autocast_dtype == torch.float16 else None
         self.history = History(self.output_folder)
