@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 from pathlib import Path
 from time import perf_counter
@@ -94,6 +95,7 @@ def main() -> None:
     for name in args.recipes or recipes():
         print(run(name), flush=True)
         gc.collect()
+    print(f"\nPeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")  # Linux: kB
 
 
 if __name__ == "__main__":

@@ -162,13 +162,13 @@ def table_of_cases(folder: Path, image: Path | None, pairs: int) -> None:
     print()
 
 
-def table_of_workers(folder: Path, image: Path | None, pairs: int) -> None:
+def table_of_workers(folder: Path, image: Path | None, steps: int) -> None:
     """Through torch's DataLoader: time on the clock, 4 cases per step."""
     print("4 cases per step, on the clock:\n\n| view | workers | default, pairs/s | crops, pairs/s |\n|---|---|---|---|")
     for view in (128, 160):
         keys = write(folder, CASE, view, image, count=4)
         for workers in (1, 2):
-            rates = [_rate(folder, keys, view, SETTINGS[name], workers, pairs) for name in ("default", "crops")]
+            rates = [_rate(folder, keys, view, SETTINGS[name], workers, steps) for name in ("default", "crops")]
             print(f"| {view}^3 | {workers} | {rates[0]:.1f} | {rates[1]:.1f} |", flush=True)
     print()
 

@@ -20,7 +20,7 @@ import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -72,7 +72,7 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def described(name: str, batch: int | None, checkpointing: Any):
+def described(name: str, batch: int | None, checkpointing: bool | Literal["selective"]):
     """The preset's recipe, its plans and configuration as nnU-Net reads them, and the settings of the method."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
@@ -114,7 +114,7 @@ def batch_of(configuration, config: CVAConfig, block: tuple[int, int, int]) -> P
     return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
 
 
-def counted(name: str, precision: str, batch: int | None, checkpointing: Any = False) -> float:
+def counted(name: str, precision: str, batch: int | None, checkpointing: bool | Literal["selective"] = False) -> float:
     """GB at the peak of the second step, when the optimizer's state exists."""
     recipe, manager, configuration, config = described(name, batch, checkpointing)
     with Fake():
@@ -131,7 +131,7 @@ def counted(name: str, precision: str, batch: int | None, checkpointing: Any = F
         return tracker.peak / GB
 
 
-def grown(name: str, precision: str, batch: int | None, checkpointing: Any = False) -> float:
+def grown(name: str, precision: str, batch: int | None, checkpointing: bool | Literal["selective"] = False) -> float:
     """GB by which the process grew at most during the same two steps on the CPU."""
     recipe, manager, configuration, config = described(name, batch, checkpointing)
     resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731

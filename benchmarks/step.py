@@ -104,11 +104,11 @@ def memory(names: list[str]) -> None:
     for name in names:
         print(f"\n{name}, bf16, GB of tensors at the peak\n\n| step | GB | of the slow way |\n|---|---|---|")
         found = {}
-        for run in ("slow way", "whole step", "supervised"):
+        for run in ("slow way", "whole step", "whole step, all kept", "supervised"):
             with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake():
-                subject = Subject(name, torch.device("cpu"), recompute=run != "slow way")
+                subject = Subject(name, torch.device("cpu"), recompute=None if run == "whole step" else False)
                 subject.bf16 = True
-                step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run) or supervised(subject)
+                step = subject.whole if run.startswith("whole") else subject.slow_way if run == "slow way" else supervised(subject)
                 with Peak() as tracker:
                     for tensor in getattr(step, "tensors", subject.tensors):
                         tracker.note(tensor)
@@ -158,6 +158,8 @@ def time(names: list[str], device: torch.device, steps: int, compiled: bool) -> 
         times = Times(device)
         slow = Subject(name, device, recompute=False)
         runs = {"whole step": subject.whole, "slow way": slow.slow_way, "supervised": supervised(subject)}
+        for value in (False, "selective", True):
+            runs[f"whole step, gradient_checkpointing {value}"] = Subject(name, device, compiled, recompute=value).whole
         for step in (subject.step, *runs.values()):  # warm up
             step(lambda name: nullcontext())
         for _ in range(steps):  # in turn: what else runs on the machine meets all alike
@@ -181,7 +183,7 @@ def peaks(name: str, device: torch.device, compiled: bool) -> None:
     for run in ("whole step", "slow way", "supervised"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        subject = Subject(name, device, compiled, recompute=run != "slow way")
+        subject = Subject(name, device, compiled, recompute=None if run == "whole step" else False)
         step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run)
         if step is None:
             step = supervised(subject)

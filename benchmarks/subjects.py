@@ -61,11 +61,11 @@ PAPER = ("resencl_128", "primusm_160")
 class Subject:
     """A student, its teacher, and a batch as the loader and ``prepare`` would leave it."""
 
-    def __init__(self, name: str, device: torch.device, compiled: bool = False, recompute: bool = True) -> None:
-        """``recompute`` False: everything is kept for the backward pass, whatever the recipe's default is."""
+    def __init__(self, name: str, device: torch.device, compiled: bool = False, recompute: Any = None) -> None:
+        """``recompute``: gradient_checkpointing; None: the recipe's default."""
         make, edge, cases, self.config = SUBJECTS[name]
-        if not recompute:
-            self.config = replace(self.config, gradient_checkpointing=False)
+        if recompute is not None:
+            self.config = replace(self.config, gradient_checkpointing=recompute)
         self.make, self.device, self.views, self.bf16 = make, device, 2 * cases, device.type == "cuda"
         with device:
             self.network = make()

@@ -105,7 +105,8 @@ class CVAConfig:
     tf32: bool = True  # float32 convolutions, as in torch; matrix products stay exact, which RoIAlign needs
     channels_last: bool = False  # memory format of convolutions
     fused_optimizer: bool = True  # one kernel for all parameters, on CUDA
-    # What the backward pass computes again instead of keeping it: all; all but convolutions, matrix products and attention
+    # Kept for the backward pass: false: everything; true: what enters a block; "selective": also convolutions, matrix
+    # products and attention. The rest is computed again.
     gradient_checkpointing: bool | Literal["selective"] = False
     sampling: Literal["cases", "datasets", "sqrt"] = "cases"  # drawn alike: cases; datasets; datasets by the root of their size
     workers: int | None = None  # None: from nnUNet_n_proc_DA, else from the cores this process may use

@@ -143,7 +143,7 @@ def test_too_little_memory_says_what_to_set(project, monkeypatch):
 
     with bench_trainer(nnUNetTrainerCVA, plans(), CONFIGURATION, DATASET_JSON, CPU) as (trainer, _):
         trainer.train_step = full
-        with pytest.raises(ValueError, match="does not fit into the memory of the device. Set gradient_checkpointing"):
+        with pytest.raises(ValueError, match='does not fit into the memory of the device: set gradient_checkpointing'):
             measure(trainer, 0.1)
 
 
@@ -175,7 +175,8 @@ def test_a_slow_loader_needs_processes_or_cores(change, cores, expected):
         ({"dtype": None}, 6 * 2**30, 'precision "auto"'),
         ({"compiled": False}, 6 * 2**30, "nnUNet_compile=1"),
         ({"checkpointing": True}, 2 * 2**30, 'gradient_checkpointing "selective"'),
-        ({"checkpointing": "selective"}, 7.9 * 2**30, "gradient_checkpointing true"),
+        ({"checkpointing": "selective"}, 7.9 * 2**30, "fail: gradient_checkpointing true"),
+        ({"checkpointing": True}, 7.9 * 2**30, "fail: a smaller batch_size or patch_size"),
         ({}, 2 * 2**30, "75 % of the memory is free"),
         ({}, 7.9 * 2**30, 'gradient_checkpointing "selective"'),
         ({}, 6 * 2**30, "Nothing: the device is busy"),

@@ -5,6 +5,7 @@ from torch import nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student, Teacher, align, make_backbone
+from nnunetv2_cva.model.checkpointing import recompute_in_backward
 
 SIZE = (8, 12, 16)
 SMALL = CVAConfig(head_width=16, predictor_width=8, roi_size=(2, 3, 3))
@@ -138,6 +139,24 @@ def test_checkpointing_changes_memory_and_nothing_else():
     for plain, *others in zip(*gradients, strict=True):
         for other in others:
             torch.testing.assert_close(other, plain)
+
+
+def test_selective_checkpointing_bears_an_activation_right_behind_a_convolution():
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Conv3d(1, 3, 3), nn.LeakyReLU(inplace=True), nn.Conv3d(3, 2, 1)) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    recompute_in_backward(modules[1:], "selective")
+    for module in modules:
+        (module(batch()[0]) ** 2).sum().backward()
+    for a, b in zip(*(m.parameters() for m in modules), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_checkpointing_refuses_running_statistics_which_would_move_twice(how):
+    config = SMALL.updated({"gradient_checkpointing": how}, "test")
+    with pytest.raises(ValueError, match="gradient_checkpointing: the network has BatchNorm3d.*Set it to false"):
+        make_backbone(unet(norm=nn.BatchNorm3d), config)
 
 
 def test_aligned_taps_are_concatenated_in_order():

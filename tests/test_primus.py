@@ -370,8 +370,9 @@ def test_selective_checkpointing_computes_what_is_cheap_again_and_no_product():
     assert calls[True]["native_layer_norm"] == calls["selective"]["native_layer_norm"] > calls[False]["native_layer_norm"]
 
 
-def test_a_copy_of_a_checkpointed_network_computes_with_its_own_weights():
-    pupil = student(1, SMALL.updated({"gradient_checkpointing": True}, "test")).eval()
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_a_copy_of_a_checkpointed_network_computes_with_its_own_weights(how):
+    pupil = student(1, SMALL.updated({"gradient_checkpointing": how}, "test")).eval()
     teacher = Teacher(pupil).eval()
     views, _, rois = batch()
     before = teacher(views, rois)["bins"]

@@ -110,8 +110,7 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
         both, waiting = _both(trainer, BOTH * seconds, clock)
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
-            f"A step does not fit into the {_size(clock.available())} of the device. Set gradient_checkpointing in \"cva\" to "
-            '"selective" or, for still less memory, to true, or lower batch_size or patch_size of the configuration.'
+            f"A step does not fit into the {_size(clock.available())} of the device: set {_less_memory(trainer)}."
         ) from None
     workers = trainer.dataloader_train.workers
     return Speeds(loader, device, both, waiting, workers, first, clock.peak(), clock.available())
@@ -206,9 +205,15 @@ def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
     elif free > 0.4:
         lines.append(f"batch_size: {100 * free:.0f} % of the memory is free. More cases per step are another training, though.")
     elif free < 0.05:
-        more = "true" if recomputed else '"selective"'
-        lines.append(f'The memory is all but full: gradient_checkpointing {more} in "cva", if a step should fail.')
+        lines.append(f"The memory is all but full. If a step should fail: {_less_memory(trainer)}.")
     return lines or ["Nothing: the device is busy with what has to be computed."]
+
+
+def _less_memory(trainer: CVATrainer) -> str:
+    """What to set next for a step that takes less."""
+    sizes = "a smaller batch_size or patch_size of the configuration"
+    more = {False: '"selective", then true', "selective": "true"}.get(trainer.config.gradient_checkpointing)
+    return sizes if more is None else f'gradient_checkpointing {more} in "cva", or {sizes}'
 
 
 def warnings(said: list[str]) -> list[str]:

@@ -33,7 +33,9 @@ def prepare(
     batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int], device: torch.device, *seed: int
 ) -> Prepared:
     """Augment the loader's batch and draw its masks, all from ``seed``. On a CPU the batch's views are changed in place."""
-    views, rois, inside = (batch[name].to(device, non_blocking=True) for name in ("views", "rois", "inside"))
+    # Without waiting only from pinned memory: the loader writes into the batch's own memory again.
+    at_once = device.type == "cuda"
+    views, rois, inside = (batch[name].to(device, non_blocking=at_once) for name in ("views", "rois", "inside"))
     noise = torch.Generator(device).manual_seed(torch_seed("noise", *seed))
     views = augment(views, config, stream("intensities", *seed), noise)
     if config.mask_ratio == 0:
@@ -41,9 +43,9 @@ def prepare(
     i, j, k = views.shape[2:]
     size = (i, j, k)
     mask = draw_mask(len(views), size, block, config.mask_ratio, stream("masks", *seed))
-    if device.type == "cuda":
+    if at_once:
         mask = mask.pin_memory()  # a copy from ordinary memory may wait for the GPU
-    mask = mask.to(device, non_blocking=True)
+    mask = mask.to(device, non_blocking=at_once)
     hidden = expand_mask(mask, block, size)
     return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
 

@@ -62,7 +62,7 @@ class CVATrainer(nnUNetTrainer):
         self._check_plans()
         if self.config.gradient_checkpointing and self.device.type == "mps":
             self.config = replace(self.config, gradient_checkpointing=False)
-            self.print_to_log_file("gradient_checkpointing is off: torch cannot draw the same again on mps.")
+            self.print_to_log_file("gradient_checkpointing is off: torch cannot repeat random draws on mps.")
         self.autocast_dtype = autocast_dtype(self.config.precision, self.device)
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.autocast_dtype == torch.float16 else None
         self.history = History(self.output_folder)
@@ -221,6 +221,9 @@ class CVATrainer(nnUNetTrainer):
         self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
+        if self.is_ddp and self.config.gradient_checkpointing:
+            # torch 2.6 cannot cut a graph that recomputes dropped paths at DDP's buckets, and would not compile at all.
+            torch._dynamo.config.optimize_ddp = False
         return nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank]) if self.is_ddp else module
 
     # ---- one epoch

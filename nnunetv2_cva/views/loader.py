@@ -209,7 +209,7 @@ def make_loader(
 class Batches:
     """Iterator over a loader's batches that measures how long it waits and explains why a worker died.
 
-    A batch is the caller's until the next one is asked for; its memory may then be written again.
+    A batch is the caller's until the next one is asked for. Its memory may then be written again: copies have to be done.
     ``waited``: seconds spent in ``next`` since it was last set to 0. Workers start at once; ``close`` ends them.
     """
 
@@ -282,8 +282,8 @@ class Batches:
         dataset: Any = self._loader.dataset
         return (
             f"A data loading process died ({text.strip().splitlines()[0]}). When nothing above says why, it was most "
-            f"likely ended for want of memory. Now {memory_report()}; each of {self._loader.num_workers} workers "
-            f"prepares {self._loader.prefetch_factor} steps of {dataset.batch_bytes / 2**20:.0f} MB. Use fewer workers "
+            f"likely ended for want of memory. Now {memory_report()}; each of {self._loader.num_workers} workers holds "
+            f"{(self._loader.prefetch_factor or 0) + 1} batches of {dataset.batch_bytes / 2**20:.0f} MB. Use fewer workers "
             "(nnUNet_n_proc_DA=2; 0 loads in the main process) or a smaller batch_size or patch_size; in docker, give "
             "more shared memory (--shm-size=8g or --ipc=host)."
         )
