@@ -20,6 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -108,7 +109,7 @@ def memory(names: list[str]) -> None:
             with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake():
                 subject = Subject(name, torch.device("cpu"), recompute=None if run == "whole step" else False)
                 subject.bf16 = True
-                step = subject.whole if run.startswith("whole") else subject.slow_way if run == "slow way" else supervised(subject)
+                step = {"slow way": subject.slow_way, "supervised": None}.get(run, subject.whole) or supervised(subject)
                 with Peak() as tracker:
                     for tensor in getattr(step, "tensors", subject.tensors):
                         tracker.note(tensor)
@@ -159,7 +160,8 @@ def time(names: list[str], device: torch.device, steps: int, compiled: bool) -> 
         slow = Subject(name, device, recompute=False)
         runs = {"whole step": subject.whole, "slow way": slow.slow_way, "supervised": supervised(subject)}
         for value in (False, "selective", True):
-            runs[f"whole step, gradient_checkpointing {value}"] = Subject(name, device, compiled, recompute=value).whole
+            label = f"whole step, gradient_checkpointing {value}"
+            runs[label] = partial(Subject(name, device, compiled, recompute=value).whole, name=label)
         for step in (subject.step, *runs.values()):  # warm up
             step(lambda name: nullcontext())
         for _ in range(steps):  # in turn: what else runs on the machine meets all alike

@@ -134,9 +134,9 @@ class Subject:
             nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.config.gradient_clip)
             self.optimizer.step()
 
-    def whole(self, part: Callable[[str], Any]) -> None:
+    def whole(self, part: Callable[[str], Any], name: str = "whole step") -> None:
         """The trainer's own step, in one part."""
-        with part("whole step"):
+        with part(name):
             self.training_step(self.batch)
 
     def slow_way(self, part: Callable[[str], Any]) -> None:
