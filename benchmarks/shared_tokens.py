@@ -83,7 +83,7 @@ def main() -> None:
     """Estimate, or hand over to ``objectives.py``."""
     if len(sys.argv) > 1 and "-h" not in sys.argv and "--help" not in sys.argv:
         Teacher.forward = forward
-        objectives.ROWS = {"MAE+CVA+Cont": ""}
+        objectives.ROWS = {"untrained": None, "MAE+CVA+Cont": ""}
         objectives.FAMILIES = ("Primus",)
         objectives.main()
         print(f"\nTokens that the teacher saw: {100 * np.mean(kept_share):.0f} %")
