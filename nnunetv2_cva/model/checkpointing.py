@@ -11,9 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
-# When it compiles, torch asks not to change anything in place, which recompute_in_backward sees to.
-logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.getMessage())
-
 
 def recompute_in_backward(modules: Iterable[nn.Module], how: bool | Literal["selective"]) -> None:
     """Keep less of each of these modules until the backward pass.
@@ -32,6 +29,7 @@ def recompute_in_backward(modules: Iterable[nn.Module], how: bool | Literal["sel
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_has_news)
     for module in modules:
         for part in module.modules():
             if getattr(part, "running_mean", None) is not None:
@@ -39,9 +37,14 @@ def recompute_in_backward(modules: Iterable[nn.Module], how: bool | Literal["sel
                     f"gradient_checkpointing: the network has {type(part).__name__} with running statistics, which would move "
                     "twice in a step. Set it to false."
                 )
-            if how == "selective" and getattr(part, "inplace", False):
-                part.inplace = False  # type: ignore[assignment]  # what is kept may not be changed: a convolution's result by the activation behind it
+            if how == "selective" and hasattr(part, "inplace"):
+                setattr(part, "inplace", False)  # noqa: B010  the result of a convolution is kept: nothing may change it
         module.forward = partial(checkpoint, module.forward, **options)
+
+
+def _has_news(record: logging.LogRecord) -> bool:
+    """When torch compiles, it asks that nothing be changed in place. Nothing that is kept is."""
+    return "context_fn is passed" not in record.getMessage()
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -199,8 +199,7 @@ def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
         lines.append('precision "auto" in "cva": bf16 where the GPU has it. fp32 is set now.')
     if not trainer._do_i_compile():
         lines.append("export nnUNet_compile=1: torch.compile is off.")
-    recomputed = trainer.config.gradient_checkpointing
-    if recomputed is True and free > 0.5:
+    if trainer.config.gradient_checkpointing is True and free > 0.5:
         lines.append('gradient_checkpointing "selective" in "cva": more than half of the memory is free.')
     elif free > 0.4:
         lines.append(f"batch_size: {100 * free:.0f} % of the memory is free. More cases per step are another training, though.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -77,7 +77,7 @@ class PairDataset(Dataset):
         self.config = config if config.needs_second_view else replace(config, overlap=(1.0, 1.0), spatial="shared")
         self.batch_total, self.rank_slice, self.seed, self.weights = batch_total, rank_slice, seed, weights
         self.channels = cases.open(self.keys[0]).channels
-        self._memory: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._memory: Iterator[tuple[Tensor, ...]] | None = None
 
     @property
     def batch_bytes(self) -> int:
@@ -90,13 +90,12 @@ class PairDataset(Dataset):
 
         The kernel provides fresh shared memory page by page, which takes longer than reading a pair of plain crops.
         """
-        self._memory = itertools.cycle([self._new_memory(_shared) for _ in range(items)])
+        self._memory = itertools.cycle([tuple(part.share_memory_() for part in self._new_memory()) for _ in range(items)])
 
-    def _new_memory(self, make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> tuple[Tensor, Tensor]:
+    def _new_memory(self) -> tuple[Tensor, ...]:
         """``views`` and ``inside`` of an item, not yet written."""
         count = self.per_case * (self.rank_slice[1] - self.rank_slice[0])
-        views = make((count, self.channels, *self.size), torch.float32)
-        return views, make((count, 1, *self.size), torch.bool)
+        return torch.empty(count, self.channels, *self.size), torch.empty(count, 1, *self.size, dtype=torch.bool)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Raises ValueError, naming the file, when a case cannot be read or holds NaN or Inf."""
@@ -104,7 +103,7 @@ class PairDataset(Dataset):
         begin, end = self.rank_slice
         count = end - begin
         keys = [str(self.keys[c]) for c in chosen[begin:end]]
-        views, inside = self._new_memory(_private) if self._memory is None else next(self._memory)
+        views, inside = self._new_memory() if self._memory is None else next(self._memory)
         pairs = [
             self._load(key, stream("views", self.seed, step, begin + b), views[b::count], inside[b::count, 0])
             for b, key in enumerate(keys)
@@ -150,16 +149,6 @@ def _read(case: Case, boxes: list[np.ndarray]) -> list[np.ndarray]:
     voxels = case.read(union)
     parts = [[slice(b, e) for b, e in box - union[:, :1]] for box in boxes]
     return [voxels[:, i, j, k] for i, j, k in parts]
-
-
-def _private(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As in torch's own collation: what lies in it is handed to another process uncopied."""
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * dtype.itemsize, device="cpu")
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _keep_memory(items: int, worker: int) -> None:
