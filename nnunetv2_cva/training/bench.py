@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nnunetv2_cva.model.taps import by
 from nnunetv2_cva.training.clock import Clock, make_clock
 from nnunetv2_cva.training.trainer import CVATrainer
 
@@ -234,7 +235,7 @@ def table(found: Speeds, trainer: CVATrainer) -> list[str]:
     what = "the device" if found.available else "the process, without loader processes"
     hours = trainer.config.epochs * trainer.config.iterations_per_epoch / found.both / 3600
     return [
-        f"Each step: {cases} cases, views of {'x'.join(map(str, trainer.view_size))} voxels, {precision}; the first took "
+        f"Each step: {cases} cases, views of {by(trainer.view_size)} voxels, {precision}; the first took "
         f"{found.first_step:.1f} s.",
         form.format("", "steps/s", "cases/s", "s per step"),
         *(form.format(name, f"{rate:.3g}", f"{rate * cases:.3g}", f"{1 / rate:.3g}") for name, rate in rows.items()),

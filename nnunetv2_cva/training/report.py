@@ -12,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student
+from nnunetv2_cva.model.taps import by
 from nnunetv2_cva.training.probe import criterion
 
 PROGRESS_SECONDS = 60.0
@@ -41,7 +42,7 @@ def opening(
     encoder = " and as many through the teacher's encoder"
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     lines = [
-        f"Each step: {cases} cases, {views} views of {_by(view)} voxels through the student"
+        f"Each step: {cases} cases, {views} views of {by(view)} voxels through the student"
         f"{encoder if teacher else ''} (patch_size and batch_size of the "
         f"plans). {trained / 1e6:.1f} M parameters are trained, precision {str(dtype or torch.float32).removeprefix('torch.')}.",
         f"The best checkpoint is the one with the {criterion(config)[2]}.",
@@ -94,7 +95,3 @@ def closing(plans: dict[str, Any], configuration: str, student: Student, backbon
         "Fine-tune with nnU-Net itself. Weights of this network are made for a dataset first (number of classes, patch size):\n"
         f"{export}\nnnUNetv2_train DATASET {how} -pretrained_weights weights.pth"
     )
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
