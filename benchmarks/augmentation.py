@@ -27,10 +27,14 @@ from nnunetv2_cva.views import augment
 CONFIG = CVAConfig()
 # One channel; blur's second draw, whether the channel is blurred, is in the probability.
 PROBABILITY = {
-    "noise": CONFIG.noise_p, "blur": CONFIG.blur_p * CONFIG.blur_channel_p, "brightness": CONFIG.brightness_p,
-    "contrast": CONFIG.contrast_p, "low resolution": CONFIG.low_resolution_p, "inverted gamma": CONFIG.inverted_gamma_p,
+    "noise": CONFIG.noise_p,
+    "blur": CONFIG.blur_p * CONFIG.blur_channel_p,
+    "brightness": CONFIG.brightness_p,
+    "contrast": CONFIG.contrast_p,
+    "low resolution": CONFIG.low_resolution_p,
+    "inverted gamma": CONFIG.inverted_gamma_p,
     "gamma": CONFIG.gamma_p,
-}  # fmt: skip
+}
 
 WARM_UP = 12
 

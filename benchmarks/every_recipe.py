@@ -43,8 +43,11 @@ def configure(folder: Path) -> None:
     file = folder / "pre" / NAME / f"{PLANS}.json"
     plans = json.loads(file.read_text())
     plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "small", "patch_size": [16, 32, 24], "batch_size": 2, "cva": {"roi_size": [2, 7, 7], "mask_block": 8},
-    }  # fmt: skip
+        "inherits_from": "small",
+        "patch_size": [16, 32, 24],
+        "batch_size": 2,
+        "cva": {"roi_size": [2, 7, 7], "mask_block": 8},
+    }
     file.write_text(json.dumps(plans, indent=2))
     os.environ["nnUNet_extTrainer"] = recipes_folder()
 

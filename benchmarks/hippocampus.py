@@ -23,10 +23,12 @@ NAME, PLANS, CONFIGURATION = "Dataset004_Hippocampus", "nnUNetPlans", "small"
 VIEW, FEATURES, LABELLED, TEST = [24, 32, 24], [8, 16, 32, 64], 8, 40
 STOCK, RECIPE = "nnUNetTrainer", "nnUNetTrainerCVAFinetune"
 ARMS = {  # what is taken from the pretraining, and the trainer
-    "scratch, stock": ("nothing", STOCK), "pretrained, stock": ("everything", STOCK),
+    "scratch, stock": ("nothing", STOCK),
+    "pretrained, stock": ("everything", STOCK),
     "pretrained encoder, stock": ("encoder", STOCK),
-    "scratch, fine-tuning recipe": ("nothing", RECIPE), "pretrained, fine-tuning recipe": ("everything", RECIPE),
-}  # fmt: skip
+    "scratch, fine-tuning recipe": ("nothing", RECIPE),
+    "pretrained, fine-tuning recipe": ("everything", RECIPE),
+}
 
 
 def prepare(raw: Path, folder: Path) -> None:
@@ -41,9 +43,12 @@ def prepare(raw: Path, folder: Path) -> None:
     architecture = json.loads(json.dumps(plans["configurations"]["3d_fullres"]["architecture"]))
     architecture["arch_kwargs"]["features_per_stage"] = FEATURES
     plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "3d_fullres", "patch_size": VIEW, "batch_size": 2, "architecture": architecture,
+        "inherits_from": "3d_fullres",
+        "patch_size": VIEW,
+        "batch_size": 2,
+        "architecture": architecture,
         "cva": {"head_width": 256, "predictor_width": 64},
-    }  # fmt: skip
+    }
     plans_file.write_text(json.dumps(plans, indent=2))
     os.environ["nnUNet_n_proc_DA"] = "0"  # one process; with NumPy's and torch's seeds a stock training is repeatable
 
@@ -67,9 +72,7 @@ def make(trainer_class: type, fold: int):
 
     dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
     plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    return trainer_class(
-        plans, CONFIGURATION, fold, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu")
-    )
+    return trainer_class(plans, CONFIGURATION, fold, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu"))
 
 
 def pretrain(repeat: int, epochs: int, iterations: int) -> Path:

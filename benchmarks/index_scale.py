@@ -79,9 +79,14 @@ def measure(folder: Path) -> dict[str, float]:
         next(batches)
     after = [memory(pid) for pid in children(os.getpid())]
     return {
-        "list s": listed - began, "checks s": ready - listed, "first batch s": first - ready, "start s": first - began,
-        "own MB": own, "workers MB": sum(workers), "grown MB": sum(after) - sum(workers),
-    }  # fmt: skip
+        "list s": listed - began,
+        "checks s": ready - listed,
+        "first batch s": first - ready,
+        "start s": first - began,
+        "own MB": own,
+        "workers MB": sum(workers),
+        "grown MB": sum(after) - sum(workers),
+    }
 
 
 def children(pid: int) -> list[int]:

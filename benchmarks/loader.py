@@ -34,11 +34,7 @@ from nnunetv2_cva.views.loader import Batches, PairDataset, make_loader
 from nnunetv2_cva.views.resample import window
 
 CASE = (192, 224, 192)
-SETTINGS = {
-    "crops": CVAConfig(rotation_p=0.0, scale_p=0.0),
-    "default": CVAConfig(),
-    "all rotated": CVAConfig(rotation_p=1.0),
-}
+SETTINGS = {"crops": CVAConfig(rotation_p=0.0, scale_p=0.0), "default": CVAConfig(), "all rotated": CVAConfig(rotation_p=1.0)}
 
 
 def write(folder: Path, shape: tuple[int, int, int], view: int, image: Path | None, count: int = 1) -> list[str]:

@@ -32,9 +32,18 @@ CONFIGURATION, CASES, EPOCHS = "objectives", 3, 10
 TEST, POOL, LABELLED, PER_CASE = 24, 16, 8, 2000
 TOKEN = (4, 4, 4)  # voxels; of 8 voxels a view of this size has 36 tokens, 9 of them visible
 ROWS = {
-    "intensity": None, "untrained": None, "AE": "AE", "MAE": "MAE", "MAE+CVA": "MAE_CVA", "MAE+C-CVA": "MAE_CCVA",
-    "MAE+Cont": "MAE_Cont", "MAE+CVA+Cont": "", "MAE+C-CVA+Cont": "MAE_CCVA_Cont", "Gram": "Gram", "Cont": "Cont",
-}  # fmt: skip
+    "intensity": None,
+    "untrained": None,
+    "AE": "AE",
+    "MAE": "MAE",
+    "MAE+CVA": "MAE_CVA",
+    "MAE+C-CVA": "MAE_CCVA",
+    "MAE+Cont": "MAE_Cont",
+    "MAE+CVA+Cont": "",
+    "MAE+C-CVA+Cont": "MAE_CCVA_Cont",
+    "Gram": "Gram",
+    "Cont": "Cont",
+}
 FAMILIES = ("U-Net", "Primus")
 COLUMNS = ("alignment", "retrieval", "mirrored alignment", "mirrored retrieval", "effective_rank", "voxel Dice")
 
@@ -48,9 +57,17 @@ def small_primus() -> type:
         @staticmethod
         def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
             return Primus(
-                channels, 192, TOKEN, classes, 4, 4, configuration.patch_size, drop_path_rate=0.2, scale_attn_inner=True,
+                channels,
+                192,
+                TOKEN,
+                classes,
+                4,
+                4,
+                configuration.patch_size,
+                drop_path_rate=0.2,
+                scale_attn_inner=True,
                 init_values=0.1,
-            )  # fmt: skip
+            )
 
     return SmallPrimus
 

@@ -123,8 +123,13 @@ def counted(name: str, precision: str, batch: int | None, checkpointing: bool | 
         inputs, step = batch_of(configuration, config, run.student.backbone.block), training_step(run, config, precision)
         with Peak() as tracker:
             modules = [m for m in (run.student, run.teacher) if m is not None]
-            for tensor in (*(t for m in modules for t in (*m.parameters(), *m.buffers())), inputs.views, inputs.visible,
-                           inputs.inside, inputs.hidden):  # fmt: skip
+            for tensor in (
+                *(t for m in modules for t in (*m.parameters(), *m.buffers())),
+                inputs.views,
+                inputs.visible,
+                inputs.inside,
+                inputs.hidden,
+            ):
                 tracker.note(tensor)
             for _ in range(2):
                 step(inputs)

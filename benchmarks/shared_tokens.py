@@ -35,9 +35,11 @@ def read(rois: Tensor, bins: tuple[int, int, int], cells: tuple[int, ...], view:
     i, j, k = (
         interpolation_matrices(
             rois[:, :, axis], bins[axis], cells[axis], view_size=view[axis], stride=tap.stride[axis], offset=tap.offset[axis]
-        ).ne(0).any(dim=1)
+        )
+        .ne(0)
+        .any(dim=1)
         for axis in range(3)
-    )  # fmt: skip
+    )
     return (i[:, :, None, None] & j[:, None, :, None] & k[:, None, None, :]).flatten(1)
 
 

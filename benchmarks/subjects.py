@@ -29,20 +29,28 @@ def unet(features: list[int], blocks: list[int]) -> nn.Module:
 
     n = len(features)
     return ResidualEncoderUNet(
-        input_channels=1, n_stages=n, features_per_stage=features, conv_op=nn.Conv3d, kernel_sizes=3,
-        strides=[1] + [2] * (n - 1), n_blocks_per_stage=blocks, num_classes=1, n_conv_per_stage_decoder=[1] * (n - 1),
-        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        input_channels=1,
+        n_stages=n,
+        features_per_stage=features,
+        conv_op=nn.Conv3d,
+        kernel_sizes=3,
+        strides=[1] + [2] * (n - 1),
+        n_blocks_per_stage=blocks,
+        num_classes=1,
+        n_conv_per_stage_decoder=[1] * (n - 1),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
-    )  # fmt: skip
+    )
 
 
 def primus(width: int, depth: int, heads: int, size: int) -> nn.Module:
     """nnU-Net's Primus."""
     from dynamic_network_architectures.architectures.primus import Primus
 
-    return Primus(
-        1, width, (8, 8, 8), 1, depth, heads, (size,) * 3, drop_path_rate=0.2, scale_attn_inner=True, init_values=0.1
-    )
+    return Primus(1, width, (8, 8, 8), 1, depth, heads, (size,) * 3, drop_path_rate=0.2, scale_attn_inner=True, init_values=0.1)
 
 
 ADAMW = CVAConfig(**PRIMUS)
@@ -51,10 +59,8 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, int, CVAConfig]] = {
     "resencl_128": (lambda: unet([32, 64, 128, 256, 320, 320], [1, 3, 4, 6, 6, 6]), 128, 4, CVAConfig()),
     "primusm_160": (lambda: primus(864, 16, 12, 160), 160, 4, ADAMW),
     "small_unet": (lambda: unet([16, 32, 64, 96], [1, 2, 2, 2]), 64, 2, CVAConfig(head_width=512, predictor_width=128)),
-    "small_primus": (
-        lambda: primus(384, 6, 8, 64), 64, 2, ADAMW.updated({"head_width": 512, "predictor_width": 128}, "small"),
-    ),
-}  # fmt: skip
+    "small_primus": (lambda: primus(384, 6, 8, 64), 64, 2, ADAMW.updated({"head_width": 512, "predictor_width": 128}, "small")),
+}
 PAPER = ("resencl_128", "primusm_160")
 
 

@@ -99,13 +99,19 @@ def add_small(file: Path, patch: list[int]) -> dict:
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     arguments = architecture["arch_kwargs"]
     narrow = {
-        "n_stages": 4, "features_per_stage": [8, 16, 32, 64], "n_blocks_per_stage": [1, 1, 2, 2],
-        "kernel_sizes": arguments["kernel_sizes"][:4], "strides": arguments["strides"][:4], "n_conv_per_stage_decoder": [1, 1, 1],
-    }  # fmt: skip
+        "n_stages": 4,
+        "features_per_stage": [8, 16, 32, 64],
+        "n_blocks_per_stage": [1, 1, 2, 2],
+        "kernel_sizes": arguments["kernel_sizes"][:4],
+        "strides": arguments["strides"][:4],
+        "n_conv_per_stage_decoder": [1, 1, 1],
+    }
     plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "3d_fullres", "patch_size": patch, "batch_size": 2,
+        "inherits_from": "3d_fullres",
+        "patch_size": patch,
+        "batch_size": 2,
         "architecture": {**architecture, "arch_kwargs": {**arguments, **narrow}},
-    }  # fmt: skip
+    }
     file.write_text(json.dumps(plans, indent=2))
     return {**plans["configurations"]["3d_fullres"], **plans["configurations"][CONFIGURATION]}
 

@@ -30,9 +30,15 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 # The paper's optimisation of Primus-M (its U-Nets have the defaults of CVAConfig), and half of the memory for some of the time.
 PRIMUS: dict[str, Any] = {
-    "optimizer": "adamw", "learning_rate": 3e-4, "betas": (0.9, 0.98), "weight_decay": 5e-2, "warmup_epochs": 10,
-    "gradient_clip": 1.0, "epochs": 150, "gradient_checkpointing": "selective",
-}  # fmt: skip
+    "optimizer": "adamw",
+    "learning_rate": 3e-4,
+    "betas": (0.9, 0.98),
+    "weight_decay": 5e-2,
+    "warmup_epochs": 10,
+    "gradient_clip": 1.0,
+    "epochs": 150,
+    "gradient_checkpointing": "selective",
+}
 
 
 @dataclass(frozen=True)

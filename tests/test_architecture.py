@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
-    {"config", "distributed", "seeding"},
+    {"files", "nnunet", "sizes", "seeding"},
+    {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
     {"training"},
@@ -17,7 +18,7 @@ LAYERS = (
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-WITHOUT_NNUNET = {"config", "distributed", "seeding", "views", "model", "losses"}
+WITHOUT_NNUNET = {"files", "nnunet", "sizes", "config", "distributed", "seeding", "views", "model", "losses"}
 
 
 def sources(*folders):

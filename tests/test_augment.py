@@ -12,7 +12,7 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
-from reads import Reads
+from helpers.reads import Reads
 from scipy.ndimage import correlate1d
 
 from nnunetv2_cva.config import CVAConfig

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.projects import CONFIGURATION, DATASET_JSON, NAME, make_project, plans
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
-from projects import CONFIGURATION, DATASET_JSON, NAME, make_project, plans
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.training import bench, clock
@@ -143,7 +143,7 @@ def test_too_little_memory_says_what_to_set(project, monkeypatch):
 
     with bench_trainer(nnUNetTrainerCVA, plans(), CONFIGURATION, DATASET_JSON, CPU) as (trainer, _):
         trainer.train_step = full
-        with pytest.raises(ValueError, match='does not fit into the memory of the device: set gradient_checkpointing'):
+        with pytest.raises(ValueError, match="does not fit into the memory of the device: set gradient_checkpointing"):
             measure(trainer, 0.1)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from networks import unet
+from helpers.networks import unet
 from torch import nn
 
 from nnunetv2_cva.config import CVAConfig

@@ -85,7 +85,7 @@ def test_interrupting_is_no_traceback(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("before", [None, "", "/a/b", "/it's $HOME/`x` \"y\"", "/a" + os.pathsep + "/ü"])
+@pytest.mark.parametrize("before", [None, "", "/a/b", '/it\'s $HOME/`x` "y"', "/a" + os.pathsep + "/ü"])
 def test_env_survives_the_shell(before, monkeypatch, capfd):
     if before is not None:
         monkeypatch.setenv(hook.VARIABLE, before)

@@ -85,9 +85,7 @@ def test_the_dataset_is_in_nnunets_raw_layout(tmp_path):
     image = sitk.ReadImage(str(tmp_path / "imagesTs" / "case_002_0000.nii.gz"))
     assert image.GetSpacing() == pytest.approx(anatomy.SPACING[::-1])
     assert np.array_equal(sitk.GetArrayFromImage(image), anatomy.make_case(0, 2)[0])
-    assert (tmp_path / "labelsTr" / "case_001.nii.gz").is_file() and (
-        tmp_path / "labelsTs" / "case_002.nii.gz"
-    ).is_file()
+    assert (tmp_path / "labelsTr" / "case_001.nii.gz").is_file() and (tmp_path / "labelsTs" / "case_002.nii.gz").is_file()
     description = json.loads((tmp_path / "dataset.json").read_text())
     assert description["numTraining"] == 2 and description["labels"] == anatomy.LABELS
 
@@ -129,10 +127,7 @@ def test_an_earlier_demo_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [
-        ({"device": "mps"}, "--device mps: torch .* finds no such device"),
-        ({"seed": -1}, "--seed: expected a number >= 0"),
-    ],
+    [({"device": "mps"}, "--device mps: torch .* finds no such device"), ({"seed": -1}, "--seed: expected a number >= 0")],
 )
 def test_arguments_that_cannot_be_met_leave_no_folder(given, match, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
@@ -166,10 +161,7 @@ def test_output_of_this_and_other_processes_goes_to_the_log(tmp_path, capfd):
 
 
 def test_tables():
-    dice = {
-        "scratch": {"liver": [0.5, 0.7], "lesion": [0.0, 0.2]},
-        "pretrained": {"liver": [0.6, 0.6], "lesion": [0.4, 0.2]},
-    }
+    dice = {"scratch": {"liver": [0.5, 0.7], "lesion": [0.0, 0.2]}, "pretrained": {"liver": [0.6, 0.6], "lesion": [0.4, 0.2]}}
     assert [line.split() for line in dice_table(dice).splitlines()] == [
         ["Dice", "from", "scratch", "pretrained", "difference"],
         ["liver", "0.600", "0.600", "+0.000"],
@@ -212,9 +204,7 @@ def test_the_whole_demo_in_small(tmp_path):
         assert expected in done.stdout
     assert "Epoch" not in done.stdout and "Epoch" in (folder / "demo.log").read_text()
     record = json.loads((folder / "nnunetv2_cva_demo.json").read_text())
-    assert record["state"] == "complete" and record["dice"]["pretrained"].keys() == anatomy.LABELS.keys() - {
-        "background"
-    }
+    assert record["state"] == "complete" and record["dice"]["pretrained"].keys() == anatomy.LABELS.keys() - {"background"}
     for picture in folder.glob("views.png"), folder.glob("predictions.png"), folder.rglob("fold_all/progress.png"):
         assert next(picture).stat().st_size > 10_000
     log = (folder / "demo.log").read_text()

@@ -73,9 +73,16 @@ def test_a_healthy_environment(answers, folders, capsys):
     assert all(line.startswith("OK  ") for line in checks) and "--explain" in last
     topics = [line[4:].split(":")[0] for line in checks]
     assert topics == [
-        "nnunetv2", "torch", "trainer look-up", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "shared memory",
-        "GPU", "compile",
-    ]  # fmt: skip
+        "nnunetv2",
+        "torch",
+        "trainer look-up",
+        "nnUNet_raw",
+        "nnUNet_preprocessed",
+        "nnUNet_results",
+        "shared memory",
+        "GPU",
+        "compile",
+    ]
 
 
 def test_something_to_do_is_exit_code_1(answers, folders, monkeypatch, capsys):

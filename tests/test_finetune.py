@@ -13,20 +13,27 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from networks import primus
+from helpers.networks import primus
+from helpers.projects import DATASET_JSON, NAME, make_project, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
-from projects import DATASET_JSON, NAME, make_project, make_trainer
 
 from nnunetv2_cva.commands.hook import recipes_folder
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.finetune import KEY, VARIABLE, Finetuning, resolve_finetuning
 
 ENTRIES = {
-    "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
-    "trainer_name", "inference_allowed_mirroring_axes",
-}  # fmt: skip
+    "network_weights",
+    "optimizer_state",
+    "grad_scaler_state",
+    "logging",
+    "_best_ema",
+    "current_epoch",
+    "init_args",
+    "trainer_name",
+    "inference_allowed_mirroring_axes",
+}
 FAST = {"epochs": 3, "iterations_per_epoch": 1, "warmup_epochs": 2}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from images import SHAPE, voxels, write, write_several
+from helpers.images import SHAPE, voxels, write, write_several
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
@@ -192,8 +192,9 @@ def test_channels_that_differ_in_shape_are_rejected(tmp_path):
     found = look(tmp_path / "out", tmp_path / "a", channels="stack")
     assert [f.key for f in found.accepted] == ["a__y", "a__z"] and found.accepted[0].files[1].endswith("y_0001.nii.gz")
     assert {f.key: f.reason for f in found.rejected} == {
-        "a__x": "channels differ in shape or spacing", "a__lone": "channels 0, most cases have channels 0, 1",
-    }  # fmt: skip
+        "a__x": "channels differ in shape or spacing",
+        "a__lone": "channels 0, most cases have channels 0, 1",
+    }
 
 
 def test_channels_are_compared_by_their_numbers(tmp_path):
@@ -204,8 +205,9 @@ def test_channels_are_compared_by_their_numbers(tmp_path):
     found = look(tmp_path / "out", tmp_path / "a", channels="stack")
     assert [f.key for f in found.accepted] == ["a__a", "a__b"]
     assert {f.key: f.reason for f in found.rejected} == {
-        "a__c": "channels 0, 2, most cases have channels 0, 1", "a__d": "several files for one channel: 0, 0",
-    }  # fmt: skip
+        "a__c": "channels 0, 2, most cases have channels 0, 1",
+        "a__d": "several files for one channel: 0, 0",
+    }
     assert len(look(tmp_path / "out2", tmp_path / "a").accepted) == 8  # split, each is a case
 
 
@@ -398,8 +400,10 @@ def test_only_images_of_nnunets_layout_are_read(tmp_path):
     assert keys(raw) == ["Dataset004_A__a", "Dataset004_A__b", "Dataset004_A__c_0001"]
     found = candidates(Sources((str(raw),)), "Dataset500_Test", {})
     assert [(c.subject, c.modality) for c in found] == [
-        ("Dataset004_A__a", "T1"), ("Dataset004_A__b", "T1"), ("Dataset004_A__c", "T2"),
-    ]  # fmt: skip
+        ("Dataset004_A__a", "T1"),
+        ("Dataset004_A__b", "T1"),
+        ("Dataset004_A__c", "T2"),
+    ]
 
 
 def test_names_follow_from_the_place_and_stay_when_folders_are_added(tmp_path):
@@ -455,8 +459,9 @@ def test_a_table_names_dataset_subject_and_modality(tmp_path):
         )
     found = candidates(Sources(table=str(tmp_path / "list.csv")), "D", {})
     assert [(c.key, c.dataset, c.subject, c.modality) for c in found] == [
-        ("A__s1__T1", "A", "A__s1", "CT"), ("A__s2__T1", "A", "A__s2", "CT"),
-    ]  # fmt: skip
+        ("A__s1__T1", "A", "A__s1", "CT"),
+        ("A__s2__T1", "A", "A__s2", "CT"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ramp, texture, write_case
+from helpers.cases import ramp, texture, write_case
 from scipy import stats
 from scipy.ndimage import map_coordinates
 

@@ -7,14 +7,7 @@ import torch
 import torch.distributed as dist
 
 from nnunetv2_cva import losses
-from nnunetv2_cva.losses import (
-    consistency_cosine,
-    consistency_gram,
-    consistency_loss,
-    nt_xent,
-    nt_xent_bins,
-    reconstruction_loss,
-)
+from nnunetv2_cva.losses import consistency_cosine, consistency_gram, consistency_loss, nt_xent, nt_xent_bins, reconstruction_loss
 
 
 def pair(*shape, seed=0, dtype=torch.float64):
@@ -164,8 +157,11 @@ def slow_nt_xent_bins(student, teacher, temperature):
     return slow_nt_xent(student.reshape(2, -1, width), teacher.reshape(2, -1, width), temperature)
 
 
-NT_XENT = [(nt_xent, slow_nt_xent, (2, 4, 6)), (nt_xent_bins, slow_nt_xent_bins, (2, 2, 3, 5)),
-           (nt_xent_bins, slow_nt_xent_bins, (2, 1, 4, 3))]  # fmt: skip
+NT_XENT = [
+    (nt_xent, slow_nt_xent, (2, 4, 6)),
+    (nt_xent_bins, slow_nt_xent_bins, (2, 2, 3, 5)),
+    (nt_xent_bins, slow_nt_xent_bins, (2, 1, 4, 3)),
+]
 
 
 @pytest.mark.parametrize(("loss", "slow", "shape"), NT_XENT)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures import unet as dna_unet
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV3
+from helpers.targets import call, pretraining, randomised, stock_checkpoint, target
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_M_Trainer
-from targets import call, pretraining, randomised, stock_checkpoint, target
 
 from nnunetv2_cva.transfer.adapt import fill, match
 from nnunetv2_cva.transfer.nnssl import RESENC_L, architecture, own_target, write_for_nnssl
@@ -15,9 +15,15 @@ from nnunetv2_cva.transfer.read import read
 
 # Everything that consumers need (FORMATS.md, section 1).
 PLAN_KEYS = {
-    "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize", "key_to_encoder",
-    "key_to_stem", "keys_to_in_proj", "key_to_lpe",
-}  # fmt: skip
+    "architecture_plans",
+    "pretrain_plan",
+    "pretrain_num_input_channels",
+    "recommended_downstream_patchsize",
+    "key_to_encoder",
+    "key_to_stem",
+    "keys_to_in_proj",
+    "key_to_lpe",
+}
 
 
 def open_mind(path, made, network, name, drop=(), trainer="BaseMAETrainer", prefix="", **plan):
@@ -30,25 +36,31 @@ def open_mind(path, made, network, name, drop=(), trainer="BaseMAETrainer", pref
         "trainer_name": trainer,
         "nnssl_adaptation_plan": {
             "architecture_plans": {
-                "arch_class_name": name, "arch_kwargs": arguments,
+                "arch_class_name": name,
+                "arch_kwargs": arguments,
                 "arch_kwargs_requiring_import": ["conv_op", "norm_op", "dropout_op", "nonlin"] if arguments else None,
             },
             "pretrain_plan": {
-                "dataset_name": "Dataset745_OpenMind", "plans_name": "nnsslPlans",
+                "dataset_name": "Dataset745_OpenMind",
+                "plans_name": "nnsslPlans",
                 "configurations": {
                     "onemmiso": {
-                        "spacing": [1, 1, 1], "patch_size": list(made.view), "normalization_schemes": ["ZScoreNormalization"],
-                    },
+                        "spacing": [1, 1, 1],
+                        "patch_size": list(made.view),
+                        "normalization_schemes": ["ZScoreNormalization"],
+                    }
                 },
             },
             "pretrain_num_input_channels": 1,
             "recommended_downstream_patchsize": [160, 160, 160],
-            "key_to_encoder": network.key_to_encoder, "key_to_stem": network.key_to_stem,
-            "keys_to_in_proj": list(network.keys_to_in_proj), "key_to_lpe": network.key_to_lpe,
+            "key_to_encoder": network.key_to_encoder,
+            "key_to_stem": network.key_to_stem,
+            "keys_to_in_proj": list(network.keys_to_in_proj),
+            "key_to_lpe": network.key_to_lpe,
             **plan,
         },
         "citations": [{"type": "Method", "name": "MAE", "apa_citations": ["He et al."]}],
-    }  # fmt: skip
+    }
     torch.save(content, path)
     return path
 
@@ -167,12 +179,21 @@ def test_what_was_written_is_read_again(tmp_path):
 
 # ResEnc-L as its consumers build it (FORMATS.md, section 1), written out here: not what this package believes it to be.
 STATED_RESENC_L = {
-    "n_stages": 6, "features_per_stage": [32, 64, 128, 256, 320, 320], "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[3, 3, 3]] * 6, "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5, "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
-    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1], "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
-}  # fmt: skip
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1],
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
 
 
 def on_meta(build, *args, **kwargs):

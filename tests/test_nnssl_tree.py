@@ -9,10 +9,10 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from images import nnunet_folders, write_several
+from helpers.images import nnunet_folders, write_several
+from helpers.projects import FAST
+from helpers.projects import plans as tiny_plans
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
-from projects import FAST
-from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.config import CVAConfig
@@ -345,9 +345,7 @@ def test_a_large_index_takes_little_memory(tmp_path):
 # ---- sampling
 
 
-@pytest.mark.parametrize(
-    ("sampling", "shares"), [("datasets", (1 / 3, 1 / 3, 1 / 3)), ("sqrt", (30 / 42, 10 / 42, 2 / 42))],
-)  # fmt: skip
+@pytest.mark.parametrize(("sampling", "shares"), [("datasets", (1 / 3, 1 / 3, 1 / 3)), ("sqrt", (30 / 42, 10 / 42, 2 / 42))])
 def test_datasets_are_drawn_as_often_as_the_sampling_says(sampling, shares):
     datasets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 100, 4]))
     weights = sampling_weights(datasets, sampling)

@@ -145,9 +145,7 @@ def test_nnunet_finds_our_trainers_by_the_hook(editable, tmp_path):
     for options, value in (((), recipes), (("-E",), recipes), (("-I",), recipes), (("-S",), "None")):
         assert run(folder / "python", *options, "-c", show).strip() == value
     done = subprocess.run([command, "doctor"], capture_output=True, text=True, cwd=tmp_path)
-    assert f"OK  trainer look-up: nnU-Net finds nnUNetTrainerCVA in {recipes}\n" in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert f"OK  trainer look-up: nnU-Net finds nnUNetTrainerCVA in {recipes}\n" in done.stdout, done.stdout + done.stderr
     assert run(command, "hook", "remove") == f"Removed {hook}\n"
     assert run(folder / "python", "-c", show).strip() == "None"
     status = subprocess.run([command, "hook", "status"], capture_output=True, text=True)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import blosc2
 import numpy as np
 import pytest
-from images import labelled_dataset, nnunet_folders, voxels, write
+from helpers.images import labelled_dataset, nnunet_folders, voxels, write
+from helpers.projects import plans as tiny_plans
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.config import CVAConfig

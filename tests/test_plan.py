@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from images import labelled_dataset, nnunet_folders, voxels, write, write_several
+from helpers.images import labelled_dataset, nnunet_folders, voxels, write, write_several
+from helpers.projects import architecture
+from helpers.projects import plans as tiny_plans
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -21,8 +23,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
-from projects import architecture
-from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.commands.trainers import recipes
@@ -55,8 +55,8 @@ def planned(preprocessed, name="Dataset500_Images", plans="nnUNetPlansCVA"):
 def network(plans, configuration="3d_fullres", channels=1, classes=1):
     architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     return get_network_from_plans(
-        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"], channels, classes,
-    )  # fmt: skip
+        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"], channels, classes
+    )
 
 
 def encoder_shapes(plans, **options):
@@ -83,10 +83,11 @@ def test_from_the_images_it_is_what_nnunet_plans_with_labels(folders):
     shapes, spacings, _, _, relative = zip(*analysed)
     intensities = {"0": dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.0)}
     expected = {
-        "spacings": [list(s) for s in spacings], "shapes_after_crop": [list(s) for s in shapes],
+        "spacings": [list(s) for s in spacings],
+        "shapes_after_crop": [list(s) for s in shapes],
         "foreground_intensity_properties_per_channel": intensities,
         "median_relative_size_after_cropping": float(np.median(relative)),
-    }  # fmt: skip
+    }
     dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}, "numTraining": 7, "file_ending": ".nii.gz"}
     (raw / "Dataset600_Same" / "dataset.json").write_text(json.dumps(dataset))
     (preprocessed / "Dataset600_Same").mkdir()
@@ -147,9 +148,7 @@ def test_images_of_several_datasets_and_folders(folders, tmp_path):
     assert call("-d", "Dataset501_Mix", "--images", 4, tmp_path / "pile", "--preset", "tiny") == 0
     cases = (preprocessed / "Dataset501_Mix" / "cases.csv").read_text().splitlines()[1:]
     names = [line.split(",")[0] for line in cases]
-    assert names == [
-        *(f"Dataset004_Organ__Organ_{i:03d}" for i in (0, 1, 2, 3, 4, 5, 900)), "pile__case_1", "pile__other",
-    ]  # fmt: skip
+    assert names == [*(f"Dataset004_Organ__Organ_{i:03d}" for i in (0, 1, 2, 3, 4, 5, 900)), "pile__case_1", "pile__other"]
     assert not [line for line in cases if "labelsTr" in line]
     before = (preprocessed / "Dataset501_Mix" / "cases.csv").read_bytes()
     assert call("-d", 501, "--preset", "tiny") == 0  # the sources are remembered
@@ -517,7 +516,7 @@ def test_what_is_held_out_after_preprocessing_is_not_trained_on(pile, capsys):
         (("-d", 500, "--images", "/nowhere"), "no such folder"),
         (("-d", 500, "--adopt", 4, "--images", 4), "make two datasets"),
     ],
-)  # fmt: skip
+)
 def test_wrong_requests_end_with_one_line(targets, capsys, arguments, match):
     assert call(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -17,14 +17,14 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from images import labelled_dataset, nnunet_folders, voxels, write
+from helpers.images import labelled_dataset, nnunet_folders, voxels, write
+from helpers.projects import FAST
+from helpers.projects import plans as tiny_plans
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
-from projects import FAST
-from projects import plans as tiny_plans
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.datasets import preprocess
@@ -322,10 +322,14 @@ def test_a_part_that_ends_does_not_disturb_one_that_tries_a_failed_case_again(fo
 
 @pytest.mark.parametrize(
     ("name", "abandoned"),
-    [(f"{layout.HOST}.{os.getpid()}", True), (f"{layout.HOST}.{2**22 + 1}", True), (f"{layout.HOST}.1", False),
-     ("elsewhere.1", False)],
+    [
+        (f"{layout.HOST}.{os.getpid()}", True),
+        (f"{layout.HOST}.{2**22 + 1}", True),
+        (f"{layout.HOST}.1", False),
+        ("elsewhere.1", False),
+    ],
     ids=["own", "ended", "running", "another host's"],
-)  # fmt: skip
+)
 def test_only_files_of_processes_that_have_ended_are_removed(tmp_path, name, abandoned):
     """No process has a number above 2**22 (Linux); process 1 always lives; of another machine only age can tell."""
     partial = tmp_path / f"case.b2nd.{name}.partial"

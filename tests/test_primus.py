@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from networks import PRIMUS_SIZE, primus, unet
+from helpers.networks import PRIMUS_SIZE, primus, unet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -162,8 +162,10 @@ def test_dropping_tokens_equals_a_slow_loop_over_views():
     for n in range(len(views)):
         places = [t for t in range(48) if not mask[n].flatten()[t]]
         tokens = network.down_projection(views[n : n + 1]).flatten(2)[0].T
-        x = torch.stack([network.register_tokens[0, r] + eva.pos_embed[0, r] for r in range(2)]
-                        + [tokens[t] + eva.pos_embed[0, 2 + t] for t in places])[None]  # fmt: skip
+        x = torch.stack(
+            [network.register_tokens[0, r] + eva.pos_embed[0, r] for r in range(2)]
+            + [tokens[t] + eva.pos_embed[0, 2 + t] for t in places]
+        )[None]
         table = torch.stack([eva.rope.get_embed()[t] for t in places])
         for block in eva.blocks:
             x = block(x, rope=table)

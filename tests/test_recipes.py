@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import primus, unet
+from helpers.networks import primus, unet
+from helpers.projects import make_project, make_trainer, train
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from projects import make_project, make_trainer, train
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.commands.hook import recipes_folder
@@ -141,8 +141,11 @@ def test_every_objective_trains_every_parameter_on_thin_views_and_bins(found, ro
     batch = ready(config, backbone, size)
     said = teacher(batch.views, batch.rois) if teacher else {}
     losses = objective(pupil(batch.visible, batch.mask, batch.rois), said, batch, config)
-    weights = {"reconstruction": config.reconstruction_weight, "consistency": config.consistency_weight,
-               "contrastive": config.contrastive_weight}  # fmt: skip
+    weights = {
+        "reconstruction": config.reconstruction_weight,
+        "consistency": config.consistency_weight,
+        "contrastive": config.contrastive_weight,
+    }
     assert set(losses) == {name for name, weight in weights.items() if weight > 0} | {"total"}
     torch.testing.assert_close(losses["total"], sum(weights[name] * losses[name] for name in set(losses) - {"total"}))
     losses["total"].backward()

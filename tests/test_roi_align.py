@@ -85,9 +85,14 @@ def test_equals_torchvision_on_slices(samples, extra, thickness):
     third = torch.tensor([0.2, 0.7]).expand(2, 2)
     rois = torch.cat((rois[..., :extra], third[..., None], rois[..., extra:]), dim=-1)
     found = roi_align_3d(
-        features, rois, insert(bins, 1), view_size=insert((44, 18), thickness), stride=insert(strides, 1),
-        offset=(0.0, 0.0, 0.0), samples=samples,
-    )  # fmt: skip
+        features,
+        rois,
+        insert(bins, 1),
+        view_size=insert((44, 18), thickness),
+        stride=insert(strides, 1),
+        offset=(0.0, 0.0, 0.0),
+        samples=samples,
+    )
     factor = 1.0 if thickness == 1 else 0.45 * thickness + 0.5
     torch.testing.assert_close(found.squeeze(2 + extra), expected * factor, rtol=1e-5, atol=1e-5)
 

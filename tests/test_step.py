@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from networks import PRIMUS_SIZE, primus, unet
+from helpers.networks import PRIMUS_SIZE, primus, unet
 from torch._dynamo.backends.common import aot_autograd
 
 from nnunetv2_cva.config import PRIMUS, CVAConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import unet
+from helpers.networks import unet
 from torch import nn
 
 from nnunetv2_cva.model.taps import Tap, image_vector, unet_taps

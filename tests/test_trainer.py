@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import primus
+from helpers.networks import primus
+from helpers.projects import CONFIGURATION, NAME, make_project, make_trainer, plans, train
+from helpers.reads import Reads
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
-from projects import CONFIGURATION, NAME, make_project, make_trainer, plans, train
-from reads import Reads
 
 from nnunetv2_cva.config import CVAConfig
 
@@ -116,10 +116,7 @@ def test_stopped_and_continued_equals_uninterrupted(tmp_path, monkeypatch):
             finished[name] = train(nnUNetTrainerCVA)
             continue
         trainer = make_trainer(nnUNetTrainerCVA)
-        trainer.on_epoch_end = lambda self=trainer: (
-            type(self).on_epoch_end(self),
-            self.current_epoch == 2 and sys.exit(),
-        )
+        trainer.on_epoch_end = lambda self=trainer: (type(self).on_epoch_end(self), self.current_epoch == 2 and sys.exit())
         with pytest.raises(SystemExit):
             trainer.run_training()
         assert (Path(trainer.output_folder) / "checkpoint_latest.pth").exists()
@@ -140,11 +137,19 @@ def test_a_killed_run_continues(project, tmp_path):
         "nnUNet_extTrainer": str(Path(sys.modules[nnUNetTrainerCVA.__module__].__file__).parent),
         ENVIRONMENT: json.dumps({"epochs": 3, "iterations_per_epoch": 3, "checkpoint_minutes": 1e-9, "workers": 1}),
     }
-    command = [sys.executable, "-c", "from nnunetv2.run.run_training import run_training_entry as r; r()", NAME, CONFIGURATION,
-               "all", "-tr", "nnUNetTrainerCVA", "-device", "cpu"]  # fmt: skip
-    latest = (
-        tmp_path / "results" / NAME / "nnUNetTrainerCVA__nnUNetPlans__3d_fullres" / "fold_all" / "checkpoint_latest.pth"
-    )
+    command = [
+        sys.executable,
+        "-c",
+        "from nnunetv2.run.run_training import run_training_entry as r; r()",
+        NAME,
+        CONFIGURATION,
+        "all",
+        "-tr",
+        "nnUNetTrainerCVA",
+        "-device",
+        "cpu",
+    ]
+    latest = tmp_path / "results" / NAME / "nnUNetTrainerCVA__nnUNetPlans__3d_fullres" / "fold_all" / "checkpoint_latest.pth"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -228,8 +233,7 @@ def test_few_cases_probe_training_cases_and_say_so(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"consistency_weight": 0.0, "contrastive_weight": 0.0}, {"consistency_weight": 0.0, "reconstruction_weight": 0.0}],
+    "change", [{"consistency_weight": 0.0, "contrastive_weight": 0.0}, {"consistency_weight": 0.0, "reconstruction_weight": 0.0}]
 )
 def test_recipes_without_some_losses_run(tmp_path, monkeypatch, change):
     make_project(tmp_path, monkeypatch, cva=change)
@@ -267,9 +271,7 @@ def test_predicting_with_a_pretraining_fails_with_one_sentence(finished, monkeyp
     from nnunetv2.inference import predict_from_raw_data as predict
 
     monkeypatch.setattr(predict, "recursive_find_trainer_class_by_name", lambda name: nnUNetTrainerCVA)
-    predictor = predict.nnUNetPredictor(
-        device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False
-    )
+    predictor = predict.nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
     with pytest.raises(ValueError, match="cannot predict. Fine-tune from it"):
         predictor.initialize_from_trained_model_folder(str(finished.parent), ("all",))
 

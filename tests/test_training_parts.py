@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.projects import VIEW, make_project, make_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
-from projects import VIEW, make_project, make_trainer
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed

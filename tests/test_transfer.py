@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.targets import STRIDES, TinyPrimus, randomised, stock_checkpoint, target
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from targets import STRIDES, TinyPrimus, randomised, stock_checkpoint, target
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,9 +25,11 @@ CHANGES = {
     "1 -> 4 channels": {"channels": 4},
     "other patch": {"view": (32, 16, 24)},
     "anisotropic": {
-        "view": (8, 48, 32), "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3)), "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        "view": (8, 48, 32),
+        "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
     },
-}  # fmt: skip
+}
 
 
 def features(network, x):
@@ -510,9 +512,10 @@ def test_the_table_of_a_primus_joins_equal_blocks(tmp_path):
 def test_differences_of_the_data_are_warned_about():
     there = target(channels=2, spacing=(2.0, 0.7, 0.7))
     card = {
-        "spacing": [2.0, 0.704, 0.7], "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
+        "spacing": [2.0, 0.704, 0.7],
+        "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
         "dataset": {"channel_names": {"0": "mr0", "1": "Flair"}},
-    }  # fmt: skip
+    }
     found = data_warnings(card, there.settings, there.dataset_json)
     assert len(found) == 2 and "normalisation of the pretraining [CTNorm" in found[0] and "[mr0, flair]" in found[1]
     assert len(data_warnings({}, there.settings, there.dataset_json)) == 3

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.projects import make_project, train
+from helpers.targets import call, planned, pretraining, randomised, stock_checkpoint, target
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from projects import make_project, train
-from targets import call, planned, pretraining, randomised, stock_checkpoint, target
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.trainer import CVATrainer
@@ -172,10 +172,7 @@ def test_export_for_a_pretraining_trainer(tmp_path, there, monkeypatch):
             ("-d", 4, "-c", "3d_fullres", "-p", "Other"),
             r"no plans 'Other'.*Found: nnUNetPlans.*nnUNetv2_plan_and_preprocess -d 4",
         ),
-        (
-            ("-d", "Dataset099_Bar", "-c", "3d_fullres"),
-            r"No dataset Dataset099_Bar in .*plan_and_preprocess -d 99 makes",
-        ),
+        (("-d", "Dataset099_Bar", "-c", "3d_fullres"), r"No dataset Dataset099_Bar in .*plan_and_preprocess -d 99 makes"),
         (("-d", "", "-c", "3d_fullres"), r"expected the number or the name of a dataset.*found ''"),
         (("-d", "Foo", "-c", "3d_fullres"), r"expected the number or the name of a dataset.*found 'Foo'"),
         (("-d", "/data/Dataset004_Other", "-c", "3d_fullres"), r"expected the number or .*found '/data/Dataset004_Other'"),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from targets import call, planned, pretraining, stock_checkpoint, target
+from helpers.targets import call, planned, pretraining, stock_checkpoint, target
 from torch import nn
 
 from nnunetv2_cva.transfer.opening import NeedsOption, opened

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import labelled_dataset, nnunet_folders, write_several
+from helpers.images import labelled_dataset, nnunet_folders, write_several
+from helpers.targets import call, pretraining, stock_checkpoint, target
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
-from targets import call, pretraining, stock_checkpoint, target
 
 from nnunetv2_cva.config import SUFFIX
 from nnunetv2_cva.transfer.adapt import match

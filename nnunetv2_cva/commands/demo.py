@@ -24,13 +24,9 @@ QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_cva demo``."""
-    parser.add_argument(
-        "--folder", default="nnunetv2_cva_demo", help="where everything is written (default: ./%(default)s)"
-    )
+    parser.add_argument("--folder", default="nnunetv2_cva_demo", help="where everything is written (default: ./%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images and of all training (default: %(default)s)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: the best there is"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: the best there is")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something else, too")
 
 
@@ -66,9 +62,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return found[0]
     if name not in found:
-        raise ValueError(
-            f"--device {name}: torch {torch.__version__} finds no such device here, only {', '.join(found)}."
-        )
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device here, only {', '.join(found)}.")
     return name
 
 
@@ -143,9 +137,7 @@ def play(workspace: Workspace, size: Size, seed: int, device: str) -> int:
             stage.say("\n" + closing(workspace, numbers, seed, stage.seconds))
         except KeyboardInterrupt:
             workspace.record(state=f"interrupted in {stage.current}")
-            stage.say(
-                f"\nInterrupted in {stage.current}. The same command starts over; {workspace.folder} can be deleted."
-            )
+            stage.say(f"\nInterrupted in {stage.current}. The same command starts over; {workspace.folder} can be deleted.")
             return 130
         except Exception as e:
             workspace.record(state=f"failed in {stage.current}: {e}")
@@ -154,9 +146,7 @@ def play(workspace: Workspace, size: Size, seed: int, device: str) -> int:
             stage.say(f"\nFailed in {stage.current}: {e}\nThe last lines of {workspace.log}:\n")
             stage.say("\n".join("  " + line for line in lines))
             return 1
-        workspace.record(
-            state="complete", seed=seed, device=device, size=asdict(size), seconds=stage.seconds, **numbers
-        )
+        workspace.record(state="complete", seed=seed, device=device, size=asdict(size), seconds=stage.seconds, **numbers)
         return 0
 
 

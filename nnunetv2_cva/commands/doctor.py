@@ -99,9 +99,7 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_cva doctor``."""
-    parser.add_argument(
-        "--explain", action="store_true", help="explain errors that nnU-Net raises before our code runs"
-    )
+    parser.add_argument("--explain", action="store_true", help="explain errors that nnU-Net raises before our code runs")
 
 
 def run(args: argparse.Namespace) -> int:

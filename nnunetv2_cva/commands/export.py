@@ -125,9 +125,13 @@ def matched(args: argparse.Namespace, source: Source, target: Target) -> tuple[n
 def _refuse_target(args: argparse.Namespace) -> None:
     """Raise ValueError for options that say something about a target."""
     options = {
-        "-d": args.d, "-c": args.c, "-p": args.p, "-tr": args.tr, "--source-patch-size": args.source_patch_size,
+        "-d": args.d,
+        "-c": args.c,
+        "-p": args.p,
+        "-tr": args.tr,
+        "--source-patch-size": args.source_patch_size,
         "--allow-partial": args.allow_partial or None,
-    }  # fmt: skip
+    }
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise ValueError(

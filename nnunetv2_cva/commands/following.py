@@ -67,9 +67,13 @@ def warn_of_kept(args: argparse.Namespace, plans: dict[str, Any], folder: Path, 
 
 
 def say_next(
-    args: argparse.Namespace, plans: dict[str, Any], recipe: Recipe, adopted: bool, written: Sequence[FineTuned],
+    args: argparse.Namespace,
+    plans: dict[str, Any],
+    recipe: Recipe,
+    adopted: bool,
+    written: Sequence[FineTuned],
     targets: Sequence[FineTuned],
-) -> None:  # fmt: skip
+) -> None:
     """What to type for the pretraining and for every fine-tuning after it. ``written``: the targets that have the same plans."""
     from nnunetv2_cva.config import SUFFIX
 

@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _argument(images, "--table", "columns path[,dataset][,subject][,modality]; splits are by subject", metavar="CSV")
     _list(images, "--exclude", "PATTERN", "leave out files like '*_seg.nii.gz'")
     _argument(
-        images, "--channels", "files _0000, _0001 of a case: a case each (split, the default), or channels of one case (stack)",
+        images,
+        "--channels",
+        "files _0000, _0001 of a case: a case each (split, the default), or channels of one case (stack)",
         choices=("split", "stack"),
-    )  # fmt: skip
+    )
     _list(images, "--modality", "NAME", "one per channel; CT is normalised as CT, other names by z-score (or as nnU-Net says)")
     _list(images, "--adopt", "FOLDER|D", "use data where it lies: nnssl's folders, or datasets that nnU-Net has preprocessed")
     _argument(images, "--headers-only", "with --adopt: do not read the voxels (NaN, duplicates)", action="store_true")

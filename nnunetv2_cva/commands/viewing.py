@@ -16,9 +16,12 @@ PAPERS_BATCH = 4
 
 
 def add_configuration(
-    args: argparse.Namespace, plans: dict[str, Any], shapes: Sequence[tuple[int, ...]], preset: dict[str, Any] | None,
+    args: argparse.Namespace,
+    plans: dict[str, Any],
+    shapes: Sequence[tuple[int, ...]],
+    preset: dict[str, Any] | None,
     recipe: Recipe,
-) -> None:  # fmt: skip
+) -> None:
     """Add the configuration for pretraining and say what it is. ``shapes``: of the preprocessed cases.
 
     Raises:

@@ -49,9 +49,13 @@ class HeldOut:
 
 
 def by_voxels(
-    target: FineTuned, found: Sequence[Finding], folder: Path, processes: int, started: Callable[[int], Any],
+    target: FineTuned,
+    found: Sequence[Finding],
+    folder: Path,
+    processes: int,
+    started: Callable[[int], Any],
     tick: Callable[[], Any],
-) -> list[HeldOut]:  # fmt: skip
+) -> list[HeldOut]:
     """Per fold of the target, the images that are pretrained on, recognised by their voxels, whatever they are called.
 
     ``folder``: where it is remembered what was looked at.

@@ -21,8 +21,31 @@ KILLED = "reading it ended the process, most often because memory ran out"
 LABEL_MAP_VALUES = 16  # an "image" with no more different values, all whole numbers, is a segmentation
 STATISTICS_SIZE = 64  # voxels per axis that intensity statistics are taken from
 # Where the distribution of the body's intensities is noted: dense at the tails, which nnU-Net clips CT at.
-QUANTILES = (0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5,
-             0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 1)  # fmt: skip
+QUANTILES = (
+    0,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+    0.995,
+    0.9975,
+    0.999,
+    1,
+)
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,13 @@ def save_lists(folder: Path, sources: Sources, inventory: Inventory, cases: bool
 
 
 def look_at(
-    look: Callable[[Candidate], Finding], cases: Sequence[Candidate], folder: Path, processes: int,
-    started: Callable[[int], Any], tick: Callable[[], Any],
-) -> dict[tuple[str, ...], Finding]:  # fmt: skip
+    look: Callable[[Candidate], Finding],
+    cases: Sequence[Candidate],
+    folder: Path,
+    processes: int,
+    started: Callable[[int], Any],
+    tick: Callable[[], Any],
+) -> dict[tuple[str, ...], Finding]:
     """What is in these cases, by files; ``look`` reads those that have not been looked at or have changed since."""
     folder.mkdir(parents=True, exist_ok=True)
     remembered = read_findings(folder)

@@ -111,9 +111,13 @@ def combined(parts: Sequence[Adopted]) -> tuple[str, list[Candidate]]:
 
 
 def look_at_cases(
-    cases: Sequence[Candidate], folder: Path, headers_only: bool, processes: int, started: Callable[[int], Any],
+    cases: Sequence[Candidate],
+    folder: Path,
+    headers_only: bool,
+    processes: int,
+    started: Callable[[int], Any],
     tick: Callable[[], Any],
-) -> Inventory:  # fmt: skip
+) -> Inventory:
     """Which of the cases can be used. ``headers_only``: without a look at their voxels, so NaN and duplicates are not found.
 
     ``folder``: where it is remembered what was looked at. ``started(n)`` is told how many cases have to be read.

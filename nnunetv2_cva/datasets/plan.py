@@ -25,8 +25,14 @@ from nnunetv2_cva.datasets.inventory import write_json
 from nnunetv2_cva.datasets.reading import ending_of, readers
 
 DEFAULT_PLANNER = "nnUNetPlannerResEncL"
-PER_DATASET = ("dataset_name", "plans_name", "image_reader_writer", "foreground_intensity_properties_per_channel",
-               "original_median_spacing_after_transp", "original_median_shape_after_transp")  # fmt: skip
+PER_DATASET = (
+    "dataset_name",
+    "plans_name",
+    "image_reader_writer",
+    "foreground_intensity_properties_per_channel",
+    "original_median_spacing_after_transp",
+    "original_median_shape_after_transp",
+)
 
 
 def presets() -> dict[str, Path]:
@@ -127,9 +133,14 @@ def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 
 
 def for_images(
-    base: dict[str, Any], configuration: str, name: str, plans_name: str, channels: int, found: Sequence[Finding],
+    base: dict[str, Any],
+    configuration: str,
+    name: str,
+    plans_name: str,
+    channels: int,
+    found: Sequence[Finding],
     intensities: dict[str, Any] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """``base`` as the plans of the pretraining dataset: network, spacing and normalisation stay, ``configuration`` alone is kept.
 
     ``intensities``: of these images, None to keep those of ``base`` (a target's: its normalisation is to be repeated).
@@ -162,6 +173,9 @@ def add_pretraining(
     """Add the configuration for pretraining; returns its name."""
     name = configuration + SUFFIX
     plans["configurations"][name] = {
-        "inherits_from": configuration, "patch_size": [int(n) for n in view], "batch_size": batch_size, "cva": block,
-    }  # fmt: skip
+        "inherits_from": configuration,
+        "patch_size": [int(n) for n in view],
+        "batch_size": batch_size,
+        "cva": block,
+    }
     return name

@@ -33,8 +33,14 @@ LONG_AGO = 24 * 3600  # seconds; a case takes no such time
 HOST = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
 ROOM = "Make room, point nnUNet_preprocessed to a larger disk, or store half the bytes with --storage float16."
 # What decides about the voxels; a folder holds cases of one such setting only.
-DECISIVE = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "resampling_fn_data_kwargs",
-            "preprocessor_name")  # fmt: skip
+DECISIVE = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "preprocessor_name",
+)
 TYPICAL_RATIO = 0.8  # compressed / raw; measured on MR and CT: 0.3 to 0.9, the more the less background
 
 Storage = Literal["float32", "float16"]

@@ -51,9 +51,13 @@ def write_dataset(
         _write(labels, folder / f"labels{part}" / f"{name}.nii.gz")
         tick()
     description = {
-        "name": "CVADemo", "description": "Synthetic anatomy of nnUNetv2_cva demo. No patient was scanned.",
-        "channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": training, "file_ending": ".nii.gz",
-    }  # fmt: skip
+        "name": "CVADemo",
+        "description": "Synthetic anatomy of nnUNetv2_cva demo. No patient was scanned.",
+        "channel_names": {"0": "MRI"},
+        "labels": LABELS,
+        "numTraining": training,
+        "file_ending": ".nii.gz",
+    }
     (folder / "dataset.json").write_text(json.dumps(description, indent=2))
     return names[:training], names[training:]
 
@@ -135,11 +139,7 @@ def _tube(at: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     bend, phase = rng.uniform(0.03, 0.07), rng.uniform(0, 2 * np.pi)
     trunk = ((j - 0.12 - bend * np.sin(3 * i)) / 0.09) ** 2 + ((k - 0.06 - bend * np.sin(4 * i + phase)) / 0.09) ** 2
     along = np.clip(k - 0.06, 0, 0.42)  # the branch runs sideways
-    branch = (
-        ((i - 0.1 - 0.25 * along) / 0.07) ** 2
-        + ((j - 0.12 + 0.2 * along) / 0.07) ** 2
-        + ((k - 0.06 - along) / 0.07) ** 2
-    )
+    branch = ((i - 0.1 - 0.25 * along) / 0.07) ** 2 + ((j - 0.12 + 0.2 * along) / 0.07) ** 2 + ((k - 0.06 - along) / 0.07) ** 2
     return np.minimum(trunk, branch)
 
 

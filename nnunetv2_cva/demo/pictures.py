@@ -36,9 +36,7 @@ def draw_pair_figure(image: np.ndarray, pair: Pair, views: np.ndarray, bins: Tri
     that bin n of one view is bin n of the other. Of a rotated pair, outlines are projected onto the slice of the case.
     """
     figure = _figure(13.2, 5.6)
-    axes = figure.subplots(
-        1, 3, width_ratios=[1.25 * pair.shape[2] / pair.shape[1], *[pair.size[2] / pair.size[1]] * 2]
-    )
+    axes = figure.subplots(1, 3, width_ratios=[1.25 * pair.shape[2] / pair.shape[1], *[pair.size[2] / pair.size[1]] * 2])
     layer = (bins[0] // 2 + 0.5) / bins[0]
     rois = pair.rois.astype(float) * np.array(pair.size)  # (2 views, 2, 3), voxels of the view
     depths = [float(r[0, 0] + (r[1, 0] - r[0, 0]) * layer) for r in rois]
@@ -168,9 +166,7 @@ def _busiest(truth: np.ndarray, labels: int) -> int:
     return int(np.lexsort((np.where(counts > 0, counts, 10**6).min(0), (counts > 0).sum(0)))[-1])
 
 
-def write_pictures(
-    workspace: Workspace, test: Sequence[str], dice: dict[str, dict[str, list[float]]], seed: int
-) -> None:
+def write_pictures(workspace: Workspace, test: Sequence[str], dice: dict[str, dict[str, list[float]]], seed: int) -> None:
     """Write ``views.png`` and ``predictions.png``: of the test cases those that gained least, most, and the median."""
     plans = workspace.plans()
     config = resolve(CVAConfig(), plans, CONFIGURATION, {})

@@ -66,11 +66,18 @@ def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
     )
     epochs, iterations = size.pretraining
     configuration["cva"] = {
-        "epochs": epochs, "iterations_per_epoch": iterations, "seed": seed,
-        "head_width": 256, "predictor_width": 64, "mask_block": 8,
+        "epochs": epochs,
+        "iterations_per_epoch": iterations,
+        "seed": seed,
+        "head_width": 256,
+        "predictor_width": 64,
+        "mask_block": 8,
         # AdamW comes further than the default SGD in so few iterations.
-        "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_epochs": min(2, epochs - 1),
-    }  # fmt: skip
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "warmup_epochs": min(2, epochs - 1),
+    }
     return {**plans, "plans_name": PLANS, "configurations": {CONFIGURATION: configuration}}
 
 
@@ -201,9 +208,7 @@ def dice(workspace: Workspace, run: str, test: list[str]) -> dict[str, list[floa
     found: dict[str, list[float]] = {name: [] for name in structures}
     for case in test:
         guess = workspace.predictions(run) / f"{case}.nii.gz"
-        found_here = compute_metrics(
-            str(truth_file(workspace, case)), str(guess), SimpleITKIO(), [*structures.values()]
-        )
+        found_here = compute_metrics(str(truth_file(workspace, case)), str(guess), SimpleITKIO(), [*structures.values()])
         for name, label in structures.items():
             found[name].append(float(found_here["metrics"][label]["Dice"]))
     return found

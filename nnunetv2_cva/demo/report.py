@@ -6,16 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_cva.demo.workspace import (
-    CONFIGURATION,
-    DATASET,
-    DATASET_ID,
-    PLANS,
-    PRETRAINED,
-    RECIPE,
-    SCRATCH,
-    Workspace,
-)  # fmt: skip
+from nnunetv2_cva.demo.workspace import CONFIGURATION, DATASET, DATASET_ID, PLANS, PRETRAINED, RECIPE, SCRATCH, Workspace
 
 MEANINGS = {
     "alignment": "mean cosine of corresponding bins, student and teacher",
@@ -46,9 +37,7 @@ def _means(values: np.ndarray) -> np.ndarray:
 def features_table(before: dict[str, float], after: dict[str, float]) -> str:
     """The metrics of the probe pairs before and after the pretraining."""
     lines = [f"{'Features':<20}{'before':>9}{'after':>9}   pretraining, on cases that it was not trained on"]
-    lines += [
-        f"{key:<20}{before[key]:>9.3f}{after[key]:>9.3f}   {text}" for key, text in MEANINGS.items() if key in after
-    ]
+    lines += [f"{key:<20}{before[key]:>9.3f}{after[key]:>9.3f}   {text}" for key, text in MEANINGS.items() if key in after]
     return "\n".join(lines)
 
 

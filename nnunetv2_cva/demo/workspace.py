@@ -126,10 +126,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
     File descriptors are redirected, not only Python's streams: nnU-Net prints from processes of its own.
     """
     out, err = os.dup(1), os.dup(2)
-    with (
-        open(log, "a", buffering=1, errors="replace") as file,
-        os.fdopen(os.dup(out), "w", errors="replace") as terminal,
-    ):
+    with open(log, "a", buffering=1, errors="replace") as file, os.fdopen(os.dup(out), "w", errors="replace") as terminal:
         try:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

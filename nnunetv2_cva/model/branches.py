@@ -134,9 +134,7 @@ def _changing(module: nn.Module) -> list[Tensor]:
     return [*(p.detach() for p in module.parameters()), *statistics]
 
 
-def align(
-    maps: list[Tensor], taps: tuple[Tap, ...], rois: Tensor, bins: tuple[int, int, int], view_size: torch.Size
-) -> Tensor:
+def align(maps: list[Tensor], taps: tuple[Tap, ...], rois: Tensor, bins: tuple[int, int, int], view_size: torch.Size) -> Tensor:
     """(N, R, sum of C) float32: every tap aligned on its own grid, then concatenated over channels (paper, ResEnc-L: 1120)."""
     i, j, k = view_size
     aligned = [

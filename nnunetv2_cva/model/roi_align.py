@@ -60,23 +60,21 @@ def roi_align_3d(
         x = features
         for axis in (2, 1, 0):
             weights = interpolation_matrices(
-                rois[:, :, axis].detach().to(exact), bins[axis], cells[axis],
-                view_size=view_size[axis], stride=stride[axis], offset=offset[axis], samples=samples,
-            )  # fmt: skip
+                rois[:, :, axis].detach().to(exact),
+                bins[axis],
+                cells[axis],
+                view_size=view_size[axis],
+                stride=stride[axis],
+                offset=offset[axis],
+                samples=samples,
+            )
             # The new bins go to the front, so the next axis to contract is the last one again.
             x = _contract(x.reshape(n, -1, cells[axis]), weights).transpose(1, 2)
         return x.reshape(n, *bins, channels).permute(0, 4, 1, 2, 3)
 
 
 def interpolation_matrices(
-    ends: Tensor,
-    bins: int,
-    cells: int,
-    *,
-    view_size: int,
-    stride: int,
-    offset: float,
-    samples: int | None = None,
+    ends: Tensor, bins: int, cells: int, *, view_size: int, stride: int, offset: float, samples: int | None = None
 ) -> Tensor:
     """(N, bins, cells): what every cell contributes to every bin along one axis, in the type of ``ends``.
 

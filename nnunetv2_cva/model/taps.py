@@ -36,8 +36,19 @@ class Tap:
 
 
 _POOLS = (nn.AvgPool3d, nn.MaxPool3d)
-_POINTWISE = (nn.Identity, nn.Dropout3d, nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm, nn.LeakyReLU, nn.ReLU, nn.GELU,
-              nn.SiLU, nn.PReLU, nn.ELU)  # fmt: skip
+_POINTWISE = (
+    nn.Identity,
+    nn.Dropout3d,
+    nn.InstanceNorm3d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+    nn.LeakyReLU,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.PReLU,
+    nn.ELU,
+)
 
 
 def unet_taps(encoder: nn.Module) -> tuple[Tap, ...]:
@@ -135,9 +146,7 @@ def _chain(modules: Iterable[nn.Module], place: Tap) -> Tap:
 
 def _window(op: Any, place: Tap) -> Tap:
     """A sliding window: output cell n reads input cells s n - p ... s n - p + k - 1."""
-    kernel, stride, padding, dilation = (
-        _triple(v) for v in (op.kernel_size, op.stride, op.padding, getattr(op, "dilation", 1))
-    )
+    kernel, stride, padding, dilation = (_triple(v) for v in (op.kernel_size, op.stride, op.padding, getattr(op, "dilation", 1)))
     offset = [
         place.offset[d] + place.stride[d] * (((kernel[d] - 1) * dilation[d] + 1) / 2 - padding[d] - stride[d] / 2)
         for d in range(3)

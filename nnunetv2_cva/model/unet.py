@@ -61,10 +61,6 @@ class UNetBackbone(nn.Module):
     def _freeze_unread(self) -> None:
         decoder = self.network.decoder
         decoder.deep_supervision = False
-        unread = (
-            list(decoder.seg_layers[:-1])
-            if self.reconstructs
-            else [decoder.stages, decoder.transpconvs, decoder.seg_layers]
-        )
+        unread = list(decoder.seg_layers[:-1]) if self.reconstructs else [decoder.stages, decoder.transpconvs, decoder.seg_layers]
         for module in unread:
             module.requires_grad_(False)

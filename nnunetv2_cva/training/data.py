@@ -31,9 +31,7 @@ def open_cases(folder: str | Path) -> Cases:
     index = read_index(folder)
     if index is not None:
         return Cases(index.root, index.keys)
-    keys = sorted(
-        e.name[:-5] for e in os.scandir(folder) if e.name.endswith(".b2nd") and not e.name.endswith("_seg.b2nd")
-    )
+    keys = sorted(e.name[:-5] for e in os.scandir(folder) if e.name.endswith(".b2nd") and not e.name.endswith("_seg.b2nd"))
     if not keys:
         other = "It holds .npz files of an older nnU-Net: preprocess again. " if any(folder.glob("*.npz")) else ""
         raise ValueError(f"No preprocessed data: {folder} holds no .b2nd case. {other}{remedy}")
@@ -130,12 +128,15 @@ class TrainingData:
             self.cases, self.training, self.size, self.config, self.share.total, share, self.config.seed, self._weights()
         )
         loader, note = make_loader(
-            dataset, first_step, last_step, workers, self.config.prefetch, self.device_type == "cuda",
+            dataset,
+            first_step,
+            last_step,
+            workers,
+            self.config.prefetch,
+            self.device_type == "cuda",
             processes=len(self.share.per_rank),
-        )  # fmt: skip
-        self.say(
-            f"{len(self.training)} training cases, {loader.num_workers} loader processes.{' ' + note if note else ''}"
         )
+        self.say(f"{len(self.training)} training cases, {loader.num_workers} loader processes.{' ' + note if note else ''}")
         return Batches(loader)
 
     def _weights(self) -> np.ndarray | None:

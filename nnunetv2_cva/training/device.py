@@ -54,8 +54,6 @@ def share_of_rank(cases: int) -> Share:
         return Share((cases,))
     world, rank = dist.get_world_size(), dist.get_rank()
     if cases < world:
-        raise ValueError(
-            f"batch_size {cases} of the plans is smaller than the number of GPUs, {world}. Use fewer GPUs."
-        )
+        raise ValueError(f"batch_size {cases} of the plans is smaller than the number of GPUs, {world}. Use fewer GPUs.")
     base, extra = divmod(cases, world)
     return Share(tuple(base + (r < extra) for r in range(world)), rank)

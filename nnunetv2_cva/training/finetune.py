@@ -23,9 +23,7 @@ from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 KEY = "cva_finetune"  # of a configuration in the plans; not "cva", which plans copied from the pretraining may hold
 VARIABLE = "nnUNet_cva_finetune"
 # The settings that a fine-tuning has. Clipping is in the stock trainers' training step: 12 for U-Nets, 1 for Primus.
-SETTINGS = (
-    "epochs", "warmup_epochs", "iterations_per_epoch", "optimizer", "learning_rate", "weight_decay", "momentum", "betas",
-)  # fmt: skip
+SETTINGS = ("epochs", "warmup_epochs", "iterations_per_epoch", "optimizer", "learning_rate", "weight_decay", "momentum", "betas")
 WARMUP_EPOCHS = 50
 
 

@@ -79,12 +79,11 @@ class History:
 
         panels = {
             "losses": [k for k in self.epochs[-1] if k.endswith("_loss")],
-            "agreement of the two views (probe pairs)": [
-                "alignment", "retrieval", "feature_alignment", "feature_retrieval"],
+            "agreement of the two views (probe pairs)": ["alignment", "retrieval", "feature_alignment", "feature_retrieval"],
             "effective rank of the features": ["effective_rank"],
             "spread of the features; real overlap; share of time waiting for data": ["spread", "overlap", "data_wait"],
             "learning rate": ["learning_rate"],
-        }  # fmt: skip
+        }
         figure = Figure(figsize=(9, 16), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (title, keys) in zip(figure.subplots(len(panels), 1), panels.items()):

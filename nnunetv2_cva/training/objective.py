@@ -29,9 +29,7 @@ class Prepared:
     hidden: Tensor | None
 
 
-def prepare(
-    batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int], device: torch.device, *seed: int
-) -> Prepared:
+def prepare(batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int], device: torch.device, *seed: int) -> Prepared:
     """Augment the loader's batch and draw its masks, all from ``seed``. On a CPU the batch's views are changed in place."""
     # Without waiting only from pinned memory: the loader writes into the batch's own memory again.
     at_once = device.type == "cuda"
@@ -51,11 +49,7 @@ def prepare(
 
 
 def objective(
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
-    batch: Prepared,
-    config: CVAConfig,
-    cases: Sequence[int] | None = None,
+    student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Prepared, config: CVAConfig, cases: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
     """Every loss of the recipe, unweighted, and their weighted sum ``total`` (paper, total loss).
 

@@ -60,9 +60,5 @@ def criterion(config: CVAConfig) -> tuple[str, int, str]:
     if config.consistency_weight > 0:
         return "retrieval", 1, "highest top-1 retrieval of corresponding bins on the probe pairs"
     if config.needs_second_view:
-        return (
-            "feature_retrieval",
-            1,
-            "highest top-1 retrieval of corresponding bins on the probe pairs, by encoder features",
-        )
+        return ("feature_retrieval", 1, "highest top-1 retrieval of corresponding bins on the probe pairs, by encoder features")
     return "probe_loss", -1, "lowest loss on the probe cases"

@@ -20,17 +20,17 @@ def learning_rate(epoch: int, config: CVAConfig) -> float:
     return config.learning_rate * max(0.0, 1 - progress) ** POLY_EXPONENT
 
 
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: CVAConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: CVAConfig, device: torch.device) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), on CUDA fused if configured."""
     trained = [p for p in parameters if p.requires_grad]
     fused = config.fused_optimizer if device.type == "cuda" else None
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+            trained,
+            config.learning_rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
             fused=fused,
-        )  # fmt: skip
-    return torch.optim.AdamW(
-        trained, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
-    )
+        )
+    return torch.optim.AdamW(trained, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused)

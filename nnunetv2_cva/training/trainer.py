@@ -80,9 +80,7 @@ class CVATrainer(nnUNetTrainer):
                 "for example 3d_fullres."
             )
         if self.is_cascaded:
-            raise ValueError(
-                f"{where} is the second stage of a cascade and needs segmentations. Use 3d_fullres or 3d_lowres."
-            )
+            raise ValueError(f"{where} is the second stage of a cascade and needs segmentations. Use 3d_fullres or 3d_lowres.")
         if self.config.contrastive_weight > 0 and self.configuration_manager.batch_size < 2:
             raise ValueError(
                 f"{where} has batch_size {self.configuration_manager.batch_size}. The contrastive loss compares cases: raise "
@@ -109,9 +107,7 @@ class CVATrainer(nnUNetTrainer):
         open_cases(self.preprocessed_dataset_folder)
         self.dataset_class = IndexedDataset
         torch.manual_seed(self.config.seed)
-        self.num_input_channels = determine_num_input_channels(
-            self.plans_manager, self.configuration_manager, self.dataset_json
-        )
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         try:
             self.network = self.backbone_trainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, self.num_input_channels, self.num_input_channels, False

@@ -105,9 +105,14 @@ def adaptation_plan(network: nn.Module, target: Target, channels: int) -> dict[s
         "resampling_fn_mask_kwargs": settings.get("resampling_fn_seg_kwargs"),
     }
     kept = (
-        "dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward",
-        "transpose_backward", "experiment_planner_used",
-    )  # fmt: skip
+        "dataset_name",
+        "plans_name",
+        "original_median_spacing_after_transp",
+        "image_reader_writer",
+        "transpose_forward",
+        "transpose_backward",
+        "experiment_planner_used",
+    )
     return plain(
         {
             "architecture_plans": architecture(network, settings),

@@ -55,9 +55,7 @@ class Parameters:
     gamma: Choice  # (S, C) exponent
 
 
-def augment(
-    views: Tensor, config: CVAConfig, generator: np.random.Generator, device_generator: torch.Generator
-) -> Tensor:
+def augment(views: Tensor, config: CVAConfig, generator: np.random.Generator, device_generator: torch.Generator) -> Tensor:
     """The views with other intensities. Works in place: returns ``views`` (a changed copy if they are not contiguous).
 
     Args:
@@ -72,8 +70,7 @@ def augment(
     per_case = 2 if config.needs_second_view else 1
     if views.ndim != 5 or views.dtype != torch.float32 or len(views) % per_case:
         raise ValueError(
-            f"augment: expected float32 views (N, C, I, J, K), {per_case} per case, found {views.dtype} "
-            f"{tuple(views.shape)}."
+            f"augment: expected float32 views (N, C, I, J, K), {per_case} per case, found {views.dtype} {tuple(views.shape)}."
         )
     parameters = draw(len(views), len(views) // per_case, views.shape[1], config, generator)
     return apply(views.contiguous(), parameters, device_generator)

@@ -110,14 +110,7 @@ class PairDataset(Dataset):
         ]
         rois = np.concatenate([[p.rois[v] for p in pairs] for v in range(self.per_case)])
         overlap = torch.tensor([p.overlap for p in pairs], dtype=torch.float32)
-        return {
-            "views": views,
-            "rois": torch.from_numpy(rois),
-            "inside": inside,
-            "keys": keys,
-            "overlap": overlap,
-            "step": step,
-        }
+        return {"views": views, "rois": torch.from_numpy(rois), "inside": inside, "keys": keys, "overlap": overlap, "step": step}
 
     def _load(self, key: str, rng: np.random.Generator, views: Tensor, inside: Tensor) -> Pair:
         """Draw a pair of a case and write its views. A pair of mostly air is drawn again; the least airy is kept."""

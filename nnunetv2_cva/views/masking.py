@@ -66,8 +66,6 @@ def hide(views: Tensor, voxel_mask: Tensor) -> Tensor:
 def _grid(size: Triple, block: Triple) -> Triple:
     """Blocks along each axis."""
     if min(*size, *block) < 1:
-        raise ValueError(
-            f"masking: expected sizes of at least 1, found views of {tuple(size)} and blocks of {tuple(block)}."
-        )
+        raise ValueError(f"masking: expected sizes of at least 1, found views of {tuple(size)} and blocks of {tuple(block)}.")
     i, j, k = (-(-s // b) for s, b in zip(size, block, strict=True))
     return i, j, k

@@ -4,11 +4,11 @@ import copy
 import json
 
 import torch
-from networks import primus
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from projects import DATASET_JSON, architecture
-from projects import plans as tiny_plans
 
+from helpers.networks import primus
+from helpers.projects import DATASET_JSON, architecture
+from helpers.projects import plans as tiny_plans
 from nnunetv2_cva.commands.main import main
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
@@ -39,9 +39,18 @@ TRAINERS = {"residual": nnUNetTrainer, "plain": nnUNetTrainer, "primus": TinyPri
 
 
 def target(
-    family="residual", channels=1, classes=2, view=(16, 24, 32), features=(4, 6, 8), strides=STRIDES, kernels=None, blocks=None,
-    trainer=None, name="Dataset100_Tiny", spacing=(1.0, 1.0, 1.0),
-):  # fmt: skip
+    family="residual",
+    channels=1,
+    classes=2,
+    view=(16, 24, 32),
+    features=(4, 6, 8),
+    strides=STRIDES,
+    kernels=None,
+    blocks=None,
+    trainer=None,
+    name="Dataset100_Tiny",
+    spacing=(1.0, 1.0, 1.0),
+):
     plans = tiny_plans(view=view, kind="plain" if family == "plain" else "residual")
     plans["dataset_name"] = name
     settings = plans["configurations"][CONFIGURATION]
@@ -81,13 +90,16 @@ def stock_checkpoint(path, made, network, **more):
         "_best_ema": np.float64(0.7),
         "current_epoch": 2,
         "init_args": {
-            "plans": made.plans, "configuration": made.configuration, "fold": 0, "dataset_json": made.dataset_json,
+            "plans": made.plans,
+            "configuration": made.configuration,
+            "fold": 0,
+            "dataset_json": made.dataset_json,
             "device": torch.device("cuda", 0),
         },
         "trainer_name": made.trainer.__name__,
         "inference_allowed_mirroring_axes": (0, 1, 2),
         **more,
-    }  # fmt: skip
+    }
     torch.save(content, path)
     return path
 
@@ -115,18 +127,18 @@ def pretraining(path, made, seed=1, **settings):
         randomised(teacher.encoder, seed + 1)
     content = {
         "network_weights": network.state_dict(),
-        "init_args": {
-            "plans": made.plans, "configuration": made.configuration, "fold": "all", "dataset_json": made.dataset_json,
-        },
+        "init_args": {"plans": made.plans, "configuration": made.configuration, "fold": "all", "dataset_json": made.dataset_json},
         "trainer_name": "nnUNetTrainerCVA",
         "current_epoch": 3,
         "cva": {
-            "version": "0.1.0", "config": config.as_dict(), "history": [{"epoch": 0, "alignment": 0.5}],
+            "version": "0.1.0",
+            "config": config.as_dict(),
+            "history": [{"epoch": 0, "alignment": 0.5}],
             "backbone_trainer": made.trainer.__name__,
             "heads": {n: m.state_dict() for n, m in student.heads().items()},
             "teacher": teacher.state_dict() if teacher is not None else None,
         },
-    }  # fmt: skip
+    }
     torch.save(content, path)
     return network, teacher
 

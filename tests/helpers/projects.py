@@ -10,53 +10,79 @@ import torch
 NAME, CONFIGURATION = "Dataset100_Tiny", "3d_fullres"
 VIEW = (16, 24, 16)
 FAST = {
-    "epochs": 2, "iterations_per_epoch": 2, "head_width": 16, "predictor_width": 8, "roi_size": [2, 3, 2], "mask_block": 8,
+    "epochs": 2,
+    "iterations_per_epoch": 2,
+    "head_width": 16,
+    "predictor_width": 8,
+    "roi_size": [2, 3, 2],
+    "mask_block": 8,
     "workers": 0,
-}  # fmt: skip
+}
 
 
 def architecture(kind="residual", features=(4, 8, 8), strides=((1, 1, 1), (2, 2, 2), (2, 2, 2))):
     """The "architecture" entry of a plans file."""
     n = len(features)
-    name, blocks = (
-        ("ResidualEncoderUNet", "n_blocks_per_stage") if kind == "residual" else ("PlainConvUNet", "n_conv_per_stage")
-    )
+    name, blocks = ("ResidualEncoderUNet", "n_blocks_per_stage") if kind == "residual" else ("PlainConvUNet", "n_conv_per_stage")
     return {
         "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
         "arch_kwargs": {
-            "n_stages": n, "features_per_stage": list(features), "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * n, "strides": [list(s) for s in strides], blocks: [1] * n,
-            "n_conv_per_stage_decoder": [1] * (n - 1), "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+            "n_stages": n,
+            "features_per_stage": list(features),
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * n,
+            "strides": [list(s) for s in strides],
+            blocks: [1] * n,
+            "n_conv_per_stage_decoder": [1] * (n - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }  # fmt: skip
+    }
 
 
 def plans(view=VIEW, batch_size=2, kind="residual", cva=None):
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     configuration = {
-        "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": batch_size,
-        "patch_size": list(view), "median_image_size_in_voxels": [24.0, 30.0, 26.0], "spacing": [1.0, 1.0, 1.0],
-        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
-        "resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling, "resampling_fn_seg_kwargs": {**resampling, "is_seg": True},
-        "resampling_fn_probabilities": "resample_data_or_seg_to_shape", "resampling_fn_probabilities_kwargs": resampling,
-        "architecture": architecture(kind), "batch_dice": False, "cva": {**FAST, **(cva or {})},
-    }  # fmt: skip
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": batch_size,
+        "patch_size": list(view),
+        "median_image_size_in_voxels": [24.0, 30.0, 26.0],
+        "spacing": [1.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": resampling,
+        "resampling_fn_seg_kwargs": {**resampling, "is_seg": True},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": resampling,
+        "architecture": architecture(kind),
+        "batch_dice": False,
+        "cva": {**FAST, **(cva or {})},
+    }
     return {
-        "dataset_name": NAME, "plans_name": "nnUNetPlans", "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
-        "original_median_shape_after_transp": [24, 30, 26], "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "experiment_planner_used": "ExperimentPlanner",
-        "label_manager": "LabelManager", "foreground_intensity_properties_per_channel": {},
+        "dataset_name": NAME,
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+        "original_median_shape_after_transp": [24, 30, 26],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {},
         "configurations": {CONFIGURATION: configuration, "2d": {**configuration, "patch_size": [32, 32]}},
-    }  # fmt: skip
+    }
 
 
-DATASET_JSON = {
-    "channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "numTraining": 12, "file_ending": ".nii.gz",
-}  # fmt: skip
+DATASET_JSON = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "numTraining": 12, "file_ending": ".nii.gz"}
 
 
 def make_project(folder: Path, monkeypatch, cases=12, **plan_options) -> Path:

@@ -50,8 +50,10 @@ def labelled_dataset(raw, preprocessed, name, plans, n=6, spacing=(1.0, 1.0, 1.0
         write(raw / name / "labelsTr" / f"{name[11:]}_{i:03d}.nii.gz", (voxels(i) > 200).astype(np.uint8), spacing)
     dataset = {
         "channel_names": {str(c): channel for c, channel in enumerate(channels)},
-        "labels": {"background": 0, "a": 1}, "numTraining": n, "file_ending": ".nii.gz",
-    }  # fmt: skip
+        "labels": {"background": 0, "a": 1},
+        "numTraining": n,
+        "file_ending": ".nii.gz",
+    }
     (preprocessed / name).mkdir()
     (raw / name / "dataset.json").write_text(json.dumps(dataset))
     (preprocessed / name / "dataset.json").write_text(json.dumps(dataset))

@@ -1,0 +1,148 @@
+"""nnU-Net's conventions that have to be known before nnU-Net is imported: names of datasets, folders, inheritance in plans.
+
+Nothing else in this package takes a dataset's number out of its name or follows ``inherits_from``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
+PRETRAINING = "_cva"  # how the name of a configuration for pretraining ends; it inherits from the one that is fine-tuned
+# With another value of these, weights or images of one configuration do not belong to the other.
+NETWORK_AND_IMAGES = ("architecture", "spacing", "normalization_schemes", "use_mask_for_norm")
+_DATASET = re.compile(r"Dataset(\d{3,})_([^\s/\\]+)", re.ASCII)
+
+
+# ---- datasets
+
+
+def is_dataset_name(text: str) -> bool:
+    """Whether ``text`` is a name as nnU-Net wants it: ``Dataset``, three or more digits, ``_`` and something without a slash."""
+    return _DATASET.fullmatch(text) is not None
+
+
+def dataset_id(name: str) -> int:
+    """4 of ``Dataset004_Hippocampus``, 1234 of ``Dataset1234_Big``.
+
+    Raises:
+        ValueError: no name of a dataset.
+    """
+    found = _DATASET.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r}: expected the name of a dataset, for example Dataset004_Hippocampus.")
+    return int(found.group(1))
+
+
+def dataset_argument(name: str) -> str:
+    """What nnU-Net's commands take for this dataset: its number, or the name where nnU-Net would misread the number.
+
+    nnU-Net looks for folders that begin with ``Dataset123``, which those of ``Dataset1234_Big`` also do.
+    """
+    number = dataset_id(name)
+    clash = any(other != name and other.startswith(f"Dataset{number:03d}") for other in datasets())
+    return name if clash else str(number)
+
+
+def datasets() -> list[str]:
+    """The names of all datasets in nnU-Net's folders, sorted."""
+    found = set()
+    for variable in (RAW, PREPROCESSED, RESULTS):
+        root = os.environ.get(variable)
+        if root and os.path.isdir(root):
+            found.update(e.name for e in os.scandir(root) if is_dataset_name(e.name) and e.is_dir())
+    return sorted(found)
+
+
+def find_dataset(given: str) -> str:
+    """The name of the dataset with this number or name.
+
+    Raises:
+        ValueError: neither a number nor a name, no such dataset, or several with this number.
+    """
+    there = datasets()
+    if is_dataset_name(given):
+        found = [name for name in there if name == given]
+    elif re.fullmatch(r"\d+", given, re.ASCII):
+        found = [name for name in there if dataset_id(name) == int(given)]
+    else:
+        raise ValueError(f"Expected the number or the name of a dataset, 4 or Dataset004_Hippocampus, found {given!r}.")
+    if len(found) > 1:
+        raise ValueError(f"Several datasets have the number {given}: {', '.join(found)}. Give the full name.")
+    if not found:
+        raise ValueError(f"No dataset {given} in {RAW} or {PREPROCESSED} ({', '.join(there) or 'no datasets there'}).")
+    return found[0]
+
+
+def folder(variable: str) -> Path:
+    """nnU-Net's folder that the environment variable names.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise ValueError(f"The environment variable {variable} is not set. Point it to the folder that nnU-Net uses for this.")
+    return Path(value)
+
+
+# ---- plans
+
+
+def inheritance(plans: Mapping[str, Any], name: str) -> list[str]:
+    """Names of configurations from the root of ``inherits_from`` to ``name``.
+
+    Raises:
+        ValueError: no such configuration, a parent that does not exist, or a circle.
+    """
+    configurations = plans.get("configurations")
+    known = configurations if isinstance(configurations, Mapping) else {}
+    chain: list[str] = []
+    wanted: Any = name
+    while wanted is not None:
+        if not isinstance(known.get(wanted) if isinstance(wanted, str) else None, Mapping):
+            by = f", from which {chain[0]} inherits" if chain else ""
+            there = ", ".join(map(str, known)) or "none"
+            raise ValueError(f"Plans {plans.get('plans_name')} have no configuration {wanted!r}{by}. Found: {there}.")
+        if wanted in chain:
+            circle = " <- ".join([wanted, *chain[: chain.index(wanted) + 1]])
+            raise ValueError(f"Plans {plans.get('plans_name')}: configurations inherit in a circle ({circle}).")
+        chain.insert(0, wanted)
+        wanted = known[wanted].get("inherits_from")
+    return chain
+
+
+def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with all it inherits, without ``inherits_from``: a copy. Values are replaced whole, as nnU-Net does.
+
+    Raises:
+        ValueError: as ``inheritance``.
+    """
+    merged: dict[str, Any] = {}
+    for ancestor in inheritance(plans, name):
+        merged.update(plans["configurations"][ancestor])
+    merged.pop("inherits_from", None)
+    return copy.deepcopy(merged)
+
+
+def fine_tuned(plans: Mapping[str, Any], name: str) -> str:
+    """The configuration that is fine-tuned after a pretraining in ``name``: the nearest one it inherits from that is not for
+    pretraining itself, as far as network, spacing and normalisation stay the same; else ``name``.
+
+    Raises:
+        ValueError: as ``inheritance``.
+    """
+    *ancestors, found = inheritance(plans, name)
+    mine = configuration(plans, name)
+    for ancestor in reversed(ancestors):
+        theirs = configuration(plans, ancestor)
+        for_pretraining = found == name or found.endswith(PRETRAINING) or "cva" in plans["configurations"][found]
+        if not for_pretraining or any(theirs.get(k) != mine.get(k) for k in NETWORK_AND_IMAGES):
+            break
+        found = ancestor
+    return found
