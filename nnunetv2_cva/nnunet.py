@@ -51,7 +51,7 @@ def dataset_argument(name: str) -> str:
 
 def datasets() -> list[str]:
     """The names of all datasets in nnU-Net's folders, sorted."""
-    found = set()
+    found: set[str] = set()
     for variable in (RAW, PREPROCESSED, RESULTS):
         root = os.environ.get(variable)
         if root and os.path.isdir(root):
