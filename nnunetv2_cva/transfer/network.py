@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
