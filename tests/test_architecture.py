@@ -10,6 +10,7 @@ PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
     {"files", "nnunet", "sizes", "seeding"},
+    {"settings", "installation"},
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
@@ -18,7 +19,7 @@ LAYERS = (
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-WITHOUT_NNUNET = {"files", "nnunet", "sizes", "config", "distributed", "seeding", "views", "model", "losses"}
+WITHOUT_NNUNET = set().union(*LAYERS[:4])
 
 
 def sources(*folders):

@@ -25,7 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.commands.trainers import recipes
+from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets import describe, plan, proposal
 from nnunetv2_cva.datasets.inspect import QUANTILES

@@ -75,9 +75,9 @@ def say_next(
     targets: Sequence[FineTuned],
 ) -> None:
     """What to type for the pretraining and for every fine-tuning after it. ``written``: the targets that have the same plans."""
-    from nnunetv2_cva.config import SUFFIX
+    from nnunetv2_cva.nnunet import PRETRAINING
 
-    name, configuration = plans["dataset_name"], args.configuration + SUFFIX
+    name, configuration = plans["dataset_name"], args.configuration + PRETRAINING
     options = "" if args.plans == PLANS else f" -p {args.plans}"
     options += "" if args.configuration == CONFIGURATION else f" -c {configuration}"
     print("Next:")

@@ -29,11 +29,12 @@ def add_configuration(
     """
     import numpy as np
 
-    from nnunetv2_cva.config import SUFFIX, CVAConfig
+    from nnunetv2_cva.config import CVAConfig
     from nnunetv2_cva.datasets import plan, proposal
+    from nnunetv2_cva.nnunet import PRETRAINING
 
     base = plans["configurations"][args.configuration]
-    given = preset["configurations"].get(args.configuration + SUFFIX, {}) if preset else {}
+    given = preset["configurations"].get(args.configuration + PRETRAINING, {}) if preset else {}
     config = CVAConfig().updated(given.get("cva", {}), "preset")
     step = proposal.TOKEN if recipe.is_primus else proposal.strides(base["architecture"])
     view, found = _view(args.view, given.get("patch_size"), shapes, base["patch_size"], step, config)
@@ -70,8 +71,8 @@ def _view(
 
 
 def _batch(asked: int | None, usual: int, cases: int, config: CVAConfig) -> int:
-    """Cases per step, which are different cases; some are kept back for the probe pairs, as in a training on fold all."""
-    trained_on = cases - min(config.probe_cases, cases // 10)
+    """Cases per step, which are different cases; some are kept back for the watched pairs, as in a training on fold all."""
+    trained_on = cases - min(config.watched_cases, cases // 10)
     if asked is None:
         return min(usual, trained_on)
     if not 1 <= asked <= trained_on:

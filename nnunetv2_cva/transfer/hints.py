@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunetv2_cva.config import SUFFIX
+from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.transfer.adapt import Transfer
 from nnunetv2_cva.transfer.card import configuration_of, entry
 from nnunetv2_cva.transfer.parts import differences
@@ -17,7 +17,7 @@ def same_plans(transfer: Transfer, target: Target) -> str | None:
     card = transfer.source.card
     plans, dataset = entry(card, "plans"), entry(card, "dataset").get("name")
     trained = card.get("configuration")
-    base = str(trained).removesuffix(SUFFIX)
+    base = str(trained).removesuffix(PRETRAINING)
     base = base if base in entry(plans, "configurations") else str(trained)
     try:
         moving = "architecture" in configuration_of(plans, base) and isinstance(dataset, str)
