@@ -30,8 +30,8 @@ CONFIGURATION = "every_recipe"
 
 def recipes() -> list[str]:
     """Names of the pretraining recipes."""
-    from nnunetv2_cva.commands.trainers import recipes as listed
     from nnunetv2_cva.installation.hook import recipes_folder
+    from nnunetv2_cva.installation.recipes import recipes as listed
 
     return [name for name in listed(Path(recipes_folder())) if "Finetune" not in name]
 

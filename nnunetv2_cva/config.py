@@ -224,12 +224,15 @@ class FinetuneConfig(Settings):
         return min(MAX_WARMUP_EPOCHS, self.epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
 
 
-def explanations(beginning: str = "") -> list[str]:
-    """Every setting whose name begins so: a line with name, default and range, and one with what it means.
+def explanations(beginning: str = "", markdown: bool = False) -> list[str]:
+    """Every setting whose name begins so: a line with name, default and range, and one with what it means. ``markdown``: the
+    whole ``docs/settings.md`` instead.
 
     Raises:
         ValueError: there is none.
     """
+    if markdown:
+        return document()
     lines = []
     for config in (CVAConfig(), FinetuneConfig()):
         found = [s for s in explained(config) if s.name.startswith(beginning)]
@@ -238,7 +241,7 @@ def explanations(beginning: str = "") -> list[str]:
         for s in found:
             lines += [
                 f"  {s.name} = {s.default}  ({s.expected})",
-                f"      {s.meaning}{'' if s.fixed else ' [may change on --c]'}",
+                f"      {s.meaning}{'' if s.fixed else ' [may change when a run is continued]'}",
             ]
     if not lines:
         known = dict.fromkeys(s.name for config in (CVAConfig(), FinetuneConfig()) for s in explained(config))
@@ -251,7 +254,7 @@ def document() -> list[str]:
     lines = [
         "# Settings",
         "",
-        "Written by `nnUNetv2_cva settings --markdown`: change `nnunetv2_cva/config.py` instead. Defaults are those of",
+        "Written by `nnUNetv2_cva settings` as Markdown: change `nnunetv2_cva/config.py` instead. Defaults are those of",
         "`nnUNetTrainerCVA`, the paper's MAE+CVA+Cont on U-Nets. Later wins: the recipe, the block of the plans' configuration",
         "(setting by setting along `inherits_from`), the environment variable (JSON). View size and cases per step are the",
         "configuration's `patch_size` and `batch_size`. A run that is continued may change what is marked *.",

@@ -132,7 +132,7 @@ def check_resumable(saved: Mapping[str, Any], now: Chosen) -> Chosen:
         listing = "; ".join(f"{k}: {before[k]!r} in the checkpoint, {after[k]!r} now" for k in changed)
         raise ValueError(
             f"Cannot resume with other settings than the checkpoint's ({listing}). Restore them in the plans file or in "
-            f"{now.VARIABLE}, or start a new training without --c."
+            f"{now.VARIABLE}, or start a new training instead."
         )
     return now.updated({k: before[k] for k in fixed if k in before}, "checkpoint")
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the settings whose name begins so, or the document."""
-    from nnunetv2_cva.config import document, explanations
+    from nnunetv2_cva.config import explanations
 
-    print("\n".join(document() if args.markdown else explanations(args.name or "")))
+    print("\n".join(explanations(args.name or "", args.markdown)))
     return 0
