@@ -275,7 +275,7 @@ def test_half_an_encoder_is_not_written(tmp_path):
 
 
 def organisers_check(file, width, depth, heads):
-    """Build the named network for 160^3; where ``pretrain_patch_size`` (without it: 160^3) is another, bring the position embedding to
+    """Build the named network for 160^3; where ``pretrain_patch_size`` (else 160^3) is another, bring the position embedding to
     the grid of 20^3 tokens; load encoder and stem strictly. A network without position embedding cannot state another size."""
     content = torch.load(file, weights_only=True)
     plan, weights = content["nnssl_adaptation_plan"], dict(content["network_weights"])

@@ -17,6 +17,7 @@ from nnunetv2_cva.model.family import UNKNOWN, Family, Layout, Names
 from nnunetv2_cva.transfer.architectures import RESENC_L_STRIDES
 from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
 from nnunetv2_cva.transfer.names import called, nnunet_names
+from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 
 AGAIN = "as when this file was exported: "
@@ -57,6 +58,8 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     path = Path(path)
     content = opened(path, trust)
     stored = _state_dict(content, path)
+    check_tensors(stored, path)
+    check_tensors(entry(content, "cva", "teacher"), path)
     stated = Family.from_stated(entry(content, "cva", "family") or entry(content, "pretraining", "family"))
     weights, notes = nnunet_names(stored, entry(content, "nnssl_adaptation_plan"), stated, path)
     obstacle = None if "network_weights" in content else "it has no entry 'network_weights'"
