@@ -60,8 +60,11 @@ def test_streams_differ_by_purpose_numbers_and_count():
 def test_precision_is_float32_away_from_cuda():
     assert autocast_dtype("auto", torch.device("cpu")) is None
     assert autocast_dtype("fp32", torch.device("cuda")) is None
-    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'cpu'"):
-        autocast_dtype("bf16", torch.device("cpu"))
+    assert autocast_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(ValueError, match="precision: 'fp16' needs a CUDA device, found 'cpu'. Use 'bf16', 'auto' or 'fp32'"):
+        autocast_dtype("fp16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'mps'. Use 'auto' or 'fp32'"):
+        autocast_dtype("bf16", torch.device("mps"))
 
 
 def test_one_process_owns_the_whole_step():
