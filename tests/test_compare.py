@@ -1,6 +1,7 @@
-"""``nnUNetv2_cva compare`` as a user runs it: stopped and gone on with, in parts, refused where the pretraining has seen test cases."""
+"""``nnUNetv2_cva compare`` as a user runs it: stopped and gone on with, in parts, refused where test cases were seen."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ def project(tmp_path_factory):
         for name, fold, plans in (("fold_0", 0, target.plans), ("all", "all", target.plans), ("unknown", None, None)):
             torch.manual_seed(1)
             content = {"network_weights": target.build().state_dict(), "trainer_name": "nnUNetTrainer"}
-            content["init_args"] = {"plans": plans, "configuration": "3d_fullres", "fold": fold, "dataset_json": target.dataset_json}
+            content["init_args"] = {
+                "plans": plans,
+                "configuration": "3d_fullres",
+                "fold": fold,
+                "dataset_json": target.dataset_json,
+            }
             torch.save(content if plans else content["network_weights"], folder / f"{name}.pth")
     return folder
 
@@ -89,12 +95,14 @@ def test_parts_together_are_the_whole_and_the_command_says_so(here, tmp_path, ca
     assert "2 of 2: " in first and "2 trainings are not finished" in first
     assert main([*words, "1"]) == 0
     second = capsys.readouterr().out
-    assert "not finished" not in second and "Dice over scratch" in second or "Neither" in second or "against scratch" in second
+    assert "not finished" not in second and re.search(r"fold_0 (gains|loses)|No gain shown of fold_0|Neither fold_0", second)
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
 def test_a_pretraining_that_has_seen_test_cases_is_refused(here, tmp_path):
-    with pytest.raises(ValueError, match=r"all.pth was pretrained on 2 of 2 test cases \(case_\d+, case_\d+; by the split.*Pretrain wi"):
+    with pytest.raises(
+        ValueError, match=r"all.pth was pretrained on 2 of 2 test cases \(case_\d+, case_\d+; by the split.*Pretrain wi"
+    ):
         start(request(here, tmp_path, weights=(str(here / "all.pth"),)))
     with pytest.raises(ValueError, match=r"fold_0.pth was pretrained on 2 of 2 test cases"):
         start(request(here, tmp_path / "other", fold=1))

@@ -40,7 +40,9 @@ def the_sentence(found, arm="a", against=SCRATCH):
 
 
 def test_a_structure_that_is_nowhere_does_not_count():
-    found = score([{"iteration": 5, "dice": {"p": {"x": 0.4, "y": None}, "q": {"x": 0.2, "y": 0.6}}, "foreground": {"p": 0.5, "q": None}}])
+    found = score(
+        [{"iteration": 5, "dice": {"p": {"x": 0.4, "y": None}, "q": {"x": 0.2, "y": 0.6}}, "foreground": {"p": 0.5, "q": None}}]
+    )
     assert found.values == {"dice": pytest.approx(0.4), "foreground": 0.5, "curve": pytest.approx(0.4)}
 
 
@@ -85,7 +87,9 @@ def test_only_shared_splits_are_paired():
 def test_the_pooled_difference_is_the_mean_over_labels_of_each_split():
     found = scores(0.08)
     (pooled,) = [
-        c.found for c in compare(found, ARMS, LABELS, SEEDS) if (c.arm, c.against, c.labels, c.measure) == ("a", SCRATCH, None, "curve")
+        c.found
+        for c in compare(found, ARMS, LABELS, SEEDS)
+        if (c.arm, c.against, c.labels, c.measure) == ("a", SCRATCH, None, "curve")
     ]
     by_hand = []
     for seed in range(SEEDS):
@@ -132,7 +136,9 @@ def test_results_of_another_design_are_refused(tmp_path):
 
     DESIGN.keep(tmp_path)
     DESIGN.keep(tmp_path)
-    with pytest.raises(ValueError, match=r"another comparison \(iterations: 100 there, 250 now; test: 2 cases there, 1 cases now\)"):
+    with pytest.raises(
+        ValueError, match=r"another comparison \(iterations: 100 there, 250 now; test: 2 cases there, 1 cases now\)"
+    ):
         replace(DESIGN, iterations=250, test=("t1",)).keep(tmp_path)
 
 
@@ -141,7 +147,9 @@ def test_a_length_is_cut_into_epochs(iterations, epochs):
     assert epochs_of(iterations) == epochs and iterations % epochs == 0
 
 
-@pytest.mark.parametrize(("epochs", "points", "expected"), [(50, 5, [10, 20, 30, 40, 50]), (10, 4, [2, 5, 8, 10]), (3, 9, [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("epochs", "points", "expected"), [(50, 5, [10, 20, 30, 40, 50]), (10, 4, [2, 5, 8, 10]), (3, 9, [1, 2, 3])]
+)
 def test_the_curve_ends_with_the_training(epochs, points, expected):
     assert curve_epochs(epochs, points) == expected
 

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path

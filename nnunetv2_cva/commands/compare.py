@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="splits per number of labels, default: 5")
     parser.add_argument(
-        "-f", dest="fold", type=int, default=0, help="test cases are this fold's validation cases, default: 0 (see plan --hold-out)"
+        "-f",
+        dest="fold",
+        type=int,
+        default=0,
+        help="test cases are this fold's validation cases, default: 0 (see plan --hold-out)",
     )
     parser.add_argument("--iterations", type=int, metavar="N", help="of every training, default: as many as the trainer has")
     parser.add_argument("--points", type=int, default=5, metavar="N", help="of the learning curve, default: 5")
@@ -66,7 +70,9 @@ def _trained(result: Result, pace: Pace) -> None:
     known = [v for v in last if v is not None]
     dice = f"{sum(known) / len(known):.3f}" if known else "none"
     left = f", about {_time(pace.remaining)} left" if pace.finished < pace.total else ""
-    print(f"{pace.finished} of {pace.total}: {result.task.job}: foreground Dice {dice}, {_time(result.seconds)}{left}", flush=True)
+    print(
+        f"{pace.finished} of {pace.total}: {result.task.job}: foreground Dice {dice}, {_time(result.seconds)}{left}", flush=True
+    )
 
 
 def _time(seconds: float) -> str:

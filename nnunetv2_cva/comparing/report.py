@@ -68,9 +68,7 @@ def compare(scores: Mapping[Job, Score], arms: Sequence[str], labels: Sequence[i
     return found
 
 
-def _differences(
-    scores: Mapping[Job, Score], arm: str, against: str, labels: int, seeds: int, measure: str
-) -> dict[int, float]:
+def _differences(scores: Mapping[Job, Score], arm: str, against: str, labels: int, seeds: int, measure: str) -> dict[int, float]:
     pairs = {s: (scores.get(Job(arm, labels, s)), scores.get(Job(against, labels, s))) for s in range(seeds)}
     return {s: a.values[measure] - b.values[measure] for s, (a, b) in pairs.items() if a is not None and b is not None}
 

@@ -44,9 +44,7 @@ class Outcome:
     unfinished: int
 
 
-def run(
-    request: Request, say: Callable[[str], Any], progress: Progress, trained: Callable[[Result, Pace], Any]
-) -> Outcome:
+def run(request: Request, say: Callable[[str], Any], progress: Progress, trained: Callable[[Result, Pace], Any]) -> Outcome:
     """Train what is not trained yet, of this part; write compare.json and the picture of all that is finished.
 
     ``say``: is told what was found out before; ``progress``: of reading images; ``trained``: of every training.
@@ -64,7 +62,10 @@ def run(
         f"{target.label}: {len(design.test)} test cases, labelled cases from {len(design.training)} others, "
         f"{len(jobs([SCRATCH, *names], request.labels, request.seeds))} trainings; results go to {folder}"
     )
-    arms = [Arm(SCRATCH), *(_prepared(n, f, design, target, folder, request, say, progress) for n, f in zip(names, request.weights))]
+    arms = [
+        Arm(SCRATCH),
+        *(_prepared(n, f, design, target, folder, request, say, progress) for n, f in zip(names, request.weights)),
+    ]
     by_name = {a.name: a for a in arms}
     every = [_task(job, by_name, design, folder, request.device) for job in jobs([*by_name], request.labels, request.seeds)]
     mine = {job.name for job in jobs([*by_name], request.labels, request.seeds, request.part, request.parts)}
@@ -110,7 +111,14 @@ def _design(request: Request, target: Target) -> Design:
 
 
 def _prepared(
-    name: str, file: str, design: Design, target: Target, folder: Path, request: Request, say: Callable[[str], Any], tell: Progress
+    name: str,
+    file: str,
+    design: Design,
+    target: Target,
+    folder: Path,
+    request: Request,
+    say: Callable[[str], Any],
+    tell: Progress,
 ) -> Arm:
     """The file made for the target by ``export``, as a user would, once."""
     source = read(file)

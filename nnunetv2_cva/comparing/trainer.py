@@ -59,7 +59,7 @@ def fixed(
     """A trainer like ``stock`` under the same name, for these cases and this seed. ``after_epoch(trainer)`` is called when an
     epoch has ended, ``trainer.current_epoch`` of them so far."""
 
-    class Fixed(stock):  # type: ignore[valid-type, misc]
+    class Fixed(stock):
         def do_split(self) -> tuple[list[str], list[str]]:
             return list(training), list(test)
 
@@ -69,7 +69,9 @@ def fixed(
             with _set(LOADERS, "0"):
                 both = super().get_dataloaders()
             if not all(isinstance(b, SingleThreadedAugmenter) for b in both):
-                raise ValueError(f"{stock.__name__} loads in a way of its own: batches cannot be fixed. Compare another `trainer`.")
+                raise ValueError(
+                    f"{stock.__name__} loads in a way of its own: batches cannot be fixed. Compare another `trainer`."
+                )
             numbered = [Numbered(b.data_loader, seed, p) for b, p in zip(both, (processes, 0))]
             validation = SingleThreadedAugmenter(numbered[1], None)
             if processes == 0:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.comparing.design import Design
@@ -12,7 +10,6 @@ from nnunetv2_cva.datasets.inventory import CASES, read_accepted
 from nnunetv2_cva.datasets.leakage import Unknown, by_voxels, folds_of
 from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.targets import FineTuned
-from nnunetv2_cva.files import read_object
 from nnunetv2_cva.transfer.card import entry
 from nnunetv2_cva.transfer.read import Source
 
@@ -32,7 +29,9 @@ def split(design_fold: int, target: FineTuned, cases: Sequence[str]) -> tuple[li
     training, test = folds[design_fold]
     missing = sorted({*training, *test} - set(cases))
     if missing:
-        raise ValueError(f"{len(missing)} cases of fold {design_fold} of {target.name} are not preprocessed, {missing[0]} is one.")
+        raise ValueError(
+            f"{len(missing)} cases of fold {design_fold} of {target.name} are not preprocessed, {missing[0]} is one."
+        )
     return sorted(training), sorted(test)
 
 
