@@ -123,15 +123,15 @@ def _read(design: Design) -> tuple[dict[str, Any], dict[str, Any]]:
 def _surroundings(task: Task) -> Iterator[None]:
     """nnU-Net writes into the job's own folder and prints into its log; our fine-tuning trainers are told the length."""
     from nnunetv2_cva.comparing.design import epochs_of
-    from nnunetv2_cva.training.finetune import VARIABLE
+    from nnunetv2_cva.config import FinetuneConfig
 
     before = dict(os.environ)
     os.environ["nnUNet_results"] = str(task.folder / "nnunet" / task.job.name)
     if task.design.iterations is not None:
         epochs = epochs_of(task.design.iterations)
-        given = json.loads(before.get(VARIABLE) or "{}")
+        given = json.loads(before.get(FinetuneConfig.VARIABLE) or "{}")
         length = {"epochs": epochs, "iterations_per_epoch": task.design.iterations // epochs}
-        os.environ[VARIABLE] = json.dumps({**given, **length})
+        os.environ[FinetuneConfig.VARIABLE] = json.dumps({**given, **length})
     task.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(task.log, "w", buffering=1, errors="replace") as log:
