@@ -24,7 +24,7 @@ SUFFIX = "_cva"  # of the name of a configuration for pretraining, which inherit
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE_ON_RESUME = frozenset(
-    ("epochs", "init_from", "workers", "prefetch", "precision", "tf32", "channels_last", "fused_optimizer")
+    ("epochs", "init_from", "workers", "prefetch", "precision", "tf32", "channels_last", "fused_optimizer", "attention")
     + ("gradient_checkpointing", "checkpoint_minutes", "check_seconds")
 )
 
@@ -111,6 +111,7 @@ class CVAConfig:
     tf32: bool = True  # float32 convolutions, as in torch; matrix products stay exact, which RoIAlign needs
     channels_last: bool = False  # memory format of convolutions
     fused_optimizer: bool = True  # one kernel for all parameters, on CUDA
+    attention: Literal["auto", "flash", "cudnn", "efficient"] = "auto"  # kernel, on CUDA; auto: the fastest, tried at the start
     # Kept for the backward pass: false: everything; true: what enters a block; "selective": also convolutions, matrix
     # products and attention. The rest is computed again.
     gradient_checkpointing: bool | Literal["selective"] = False

@@ -105,7 +105,11 @@ def test_what_is_set_is_not_measured_and_where_there_is_no_choice_nothing_is_sai
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured"))
     backbone = make_backbone(primus(), CONFIG)
     assert choose("flash", backbone, 4, CUDA, torch.bfloat16) == ("flash", "Attention: flash where it can, as set.")
-    for options in ((backbone, 4, CPU, torch.bfloat16), (backbone, 4, CUDA, None), (make_backbone(unet(), CONFIG), 4, CUDA, None)):
+    for options in (
+        (backbone, 4, CPU, torch.bfloat16),
+        (backbone, 4, CUDA, None),
+        (make_backbone(unet(), CONFIG), 4, CUDA, None),
+    ):
         assert choose("auto", *options) == (None, None)
 
 

@@ -6,7 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 
-from nnunetv2_cva.training.copies import DeviceBatches
+from nnunetv2_cva.training.copies import COPIED, DeviceBatches
 
 
 class Machine:
@@ -80,7 +80,7 @@ class Loader:
 
     def __init__(self):
         self.step, self.waited, self.workers, self.prepared, self.closed = -1, 0.0, 3, 6, False
-        self.memory = {name: np.zeros(1) for name in DeviceBatches.COPIED}
+        self.memory = {name: np.zeros(1) for name in COPIED}
 
     def __next__(self):
         self.step += 1
@@ -98,7 +98,7 @@ def train(seed, forgotten=None, first=None, steps=12):
     batches = DeviceBatches(Loader(), FakeLane(machine, forgotten))
 
     def step(place):
-        seen.append([float(place[name][0]) for name in DeviceBatches.COPIED])
+        seen.append([float(place[name][0]) for name in COPIED])
         place["views"][:] += 100  # augmentation works in place
 
     for number in range(steps):

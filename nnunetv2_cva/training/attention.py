@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnunetv2_cva.model.primus import PrimusBackbone
@@ -35,11 +36,11 @@ def attentions(backbone: nn.Module, views: int) -> list[Attention]:
     """The self-attention of a training step on so many views, the teacher's included; a U-Net has none."""
     if not isinstance(backbone, PrimusBackbone):
         return []
-    eva = backbone.network.eva
-    tokens, registers = math.prod(backbone._grid), eva.num_prefix_tokens
+    eva: Any = backbone.network.eva
+    tokens, registers = math.prod(backbone.grid), eva.num_prefix_tokens
     kept = tokens - round(backbone.mask_ratio * tokens)
 
-    def of(blocks: nn.ModuleList, length: int, trained: bool) -> Attention:
+    def of(blocks: Any, length: int, trained: bool) -> Attention:
         heads = blocks[0].attn.num_heads
         return Attention((views, heads, length, backbone.image_channels // heads), len(blocks), trained)
 
@@ -72,23 +73,16 @@ def _seconds(kernel: str, steps: Iterable[Attention], device: torch.device, dtyp
     total = 0.0
     generator = torch.Generator(device).manual_seed(0)
     for step in steps:
-        inputs = [torch.randn(step.shape, generator=generator, device=device, dtype=dtype) for _ in range(3)]
-        gradient = torch.randn(step.shape, generator=generator, device=device, dtype=dtype)
-        for tensor in inputs:
+        q, k, v, gradient = (torch.randn(step.shape, generator=generator, device=device, dtype=dtype) for _ in range(4))
+        for tensor in (q, k, v):
             tensor.requires_grad_(step.trained)
-
-        def run() -> None:
-            out = F.scaled_dot_product_attention(*inputs)  # noqa: B023  runs before the next turn
-            if step.trained:  # noqa: B023
-                torch.autograd.grad(out, inputs, gradient)  # noqa: B023
-
         try:
             with preferring(kernel):
-                run()  # kernels are loaded, cuDNN makes its plan
+                _once(q, k, v, gradient)  # kernels are loaded, cuDNN makes its plan
                 clock.wait()
                 begin = clock.mark(hold=False)
                 for _ in range(REPEATS):
-                    run()
+                    _once(q, k, v, gradient)
                 end = clock.mark(hold=False)
                 clock.wait()
         except torch.cuda.OutOfMemoryError:
@@ -97,6 +91,12 @@ def _seconds(kernel: str, steps: Iterable[Attention], device: torch.device, dtyp
             return math.inf
         total += step.count * clock.between(begin, end) / REPEATS
     return total
+
+
+def _once(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> None:
+    out = F.scaled_dot_product_attention(q, k, v)
+    if q.requires_grad:
+        torch.autograd.grad(out, (q, k, v), gradient)
 
 
 def choose(

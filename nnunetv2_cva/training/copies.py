@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nnunetv2_cva.views.loader import Batches
 
+COPIED = ("views", "rois", "inside")  # of a batch
+
 
 class Event(Protocol):
     """A place in what a stream was told to do."""
@@ -54,8 +56,6 @@ class DeviceBatches:
     for the last step but one, so a program is never further ahead of the device than two steps.
     """
 
-    COPIED = ("views", "rois", "inside")
-
     def __init__(self, batches: Batches, lane: Lane) -> None:
         self.batches = batches
         self._lane = lane
@@ -93,11 +93,11 @@ class DeviceBatches:
             self._free[self._turn] = self._lane.now()
         batch = next(self.batches)
         if not self._places:
-            self._places = [{name: self._lane.room(batch[name]) for name in self.COPIED} for _ in range(2)]
+            self._places = [{name: self._lane.room(batch[name]) for name in COPIED} for _ in range(2)]
             self._free = [self._lane.now()] * 2
         self._turn = 1 - self._turn
         place = self._places[self._turn]
-        self._copied = self._lane.copy([(place[name], batch[name]) for name in self.COPIED], self._free[self._turn])
+        self._copied = self._lane.copy([(place[name], batch[name]) for name in COPIED], self._free[self._turn])
         self._lane.hold(self._copied)
         return {**batch, **place}
 
