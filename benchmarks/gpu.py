@@ -66,20 +66,20 @@ def collect(out: Path, results: dict[str, Any], state: str, error: str = "", sec
     if not partial.is_file():
         return
     found = read_json(partial)
-    earlier = results["items"].get(found["item"], {}).get("found", {})
-    record = {"state": state, "seconds": round(seconds, 1), "found": {**earlier, **found["found"]}}
+    record = {"state": state, "seconds": round(seconds, 1), "found": found["found"]}
     results["items"][found["item"]] = {**record, "error": error} if error else record
     save(out, results)
     partial.unlink()
 
 
-def attempt(item: Item, out: Path, device: str, limit: float, log: TextIO) -> tuple[str, str, float]:
-    """Run an item in a process of its own. Returns how it ended, the end of what it printed if badly, and seconds."""
-    write_json(out / PARTIAL, {"item": item.name, "found": {}})
+def attempt(item: Item, known: dict[str, Any], out: Path, device: str, limit: float, log: TextIO) -> tuple[str, str, float]:
+    """Run an item in a process of its own, which goes on from what is ``known``. Returns how it ended, the end of what it printed
+    if badly, and seconds."""
+    write_json(out / PARTIAL, {"item": item.name, "found": known})
     log.write(f"\n==== {item.name}, at most {limit:.0f} s\n")
     log.flush()
     at = log.tell()
-    command = [sys.executable, __file__, "--item", item.name, "--out", str(out), "--device", device, "--seconds", f"{limit:.0f}"]
+    command = [sys.executable, __file__, "--item", item.name, "--out", str(out), "--device", device]
     began = monotonic()
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -118,7 +118,8 @@ def measure(out: Path, device: str, minutes: float, only: list[str]) -> None:
             if left < item.least:
                 print(f"{item.name}: not begun, {left:.0f} s are left and it needs {item.least}", flush=True)
                 continue
-            state, error, seconds = attempt(item, out, device, min(left, item.limit), log)
+            known = results["items"].get(item.name, {}).get("found", {})
+            state, error, seconds = attempt(item, known, out, device, min(left, item.limit), log)
             collect(out, results, state, error, seconds)
             print(f"{item.name}: {state} after {seconds:.0f} s", flush=True)
 
@@ -132,14 +133,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="ITEM", choices=[i.name for i in ITEMS], help="these items")
     parser.add_argument("--table", action="store_true", help="print tables of the results")
     parser.add_argument("--item", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.table:
             print("\n".join(tables(read_json(args.out / RESULTS))))
         elif args.item:
-            run(args.item, args.device, args.seconds, args.out / PARTIAL)
+            run(args.item, args.device, args.out / PARTIAL)
         else:
             measure(args.out, args.device, args.minutes, args.only)
     except ValueError as e:

@@ -1,8 +1,7 @@
-"""What ``gpu.py`` measures: each item a function of the device and of the seconds that it has, which reports as it goes."""
+"""What ``gpu.py`` measures: each item a function of the device, which reports as it goes."""
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import re
@@ -11,14 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-from time import monotonic
-from typing import Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_report import Report
 
 ROOT = Path(__file__).parents[1]
-Report = Callable[..., None]  # what has been found, by name
 
 
 @dataclass(frozen=True)
@@ -28,51 +27,31 @@ class Item:
     name: str
     least: int
     limit: int
-    measure: Callable[[str, float, Report], None]
+    measure: Callable[[str, Report], None]
 
 
-def run(name: str, device: str, seconds: float, out: Path) -> None:
+def run(name: str, device: str, out: Path) -> None:
     """Measure one item in this process; everything reported is in ``out`` at once, whatever happens next."""
-    from nnunetv2_cva.files import write_json
-
-    found: dict[str, Any] = {}
-
-    def report(**values: Any) -> None:
-        found.update(values)
-        write_json(out, {"item": name, "found": found})
+    from gpu_report import Report
 
     (item,) = (item for item in ITEMS if item.name == name)
-    item.measure(device, monotonic() + seconds, report)
+    item.measure(device, Report(out))
 
 
-def _torch_device(name: str) -> Any:
-    import torch
-
-    torch.backends.cudnn.benchmark = name == "cuda"  # as nnUNetv2_train sets it
-    torch.set_num_threads(1)
-    return torch.device(name)
-
-
-def _compile(device: Any, mode: str | None = None) -> Callable[..., Any]:
-    """torch.compile in this mode; in a rehearsal without code generation, which takes minutes on a CPU."""
-    import torch
-
-    options = {"backend": "aot_eager"} if device.type == "cpu" else {"mode": mode}
-    return partial(torch.compile, **options)
-
-
-def _paper(device: str) -> tuple[str, str]:
-    return ("resencl_128", "primusm_160") if device == "cuda" else ("tiny_unet", "tiny_primus")
+def steps(function: str, *first: Any) -> Callable[[str, Report], None]:
+    """One of ``gpu_steps``, which takes seconds to import."""
+    return lambda device, report: getattr(import_module("gpu_steps"), function)(*first, device, report)
 
 
 # ---- the machine and what is right on it
 
 
-def machine(device: str, end: float, report: Report) -> None:
+def machine(device: str, report: Report) -> None:
     """Hardware and software; the two rates that every other number is a share of."""
     import torch
+    from gpu_steps import torch_device
 
-    on, cuda = _torch_device(device), device == "cuda"
+    on, cuda = torch_device(device), device == "cuda"
     report(python=platform.python_version(), torch=torch.__version__, cores=len(os.sched_getaffinity(0)))
     if cuda:
         properties, version = torch.cuda.get_device_properties(0), torch.backends.cudnn.version()
@@ -105,7 +84,7 @@ def _product_rate(device: Any, edge: int) -> float:
     return 2 * edge**3 / one_after_another(lambda part: a @ b, device, 20)["seconds"] / 1e12
 
 
-def correct(device: str, end: float, report: Report) -> None:
+def correct(device: str, report: Report) -> None:
     """The GPU's tests; on a CPU those of them that need no GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", "-rfEs"]
     environment = {**os.environ, "CVA_TEST_DEVICE": device, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -117,165 +96,19 @@ def correct(device: str, end: float, report: Report) -> None:
     report(summary=re.sub(r"[= ]+$|^[= ]+", "", lines[-1]), failed=failed, code=done.returncode)
 
 
-# ---- steps
-
-
-def way(device: Any, name: str, how: str, **options: Any) -> dict[str, float]:
-    """Time and memory of one way of taking a step, alone on the device. ``how``: a method of ``Subject``, or supervised;
-    ``mode``: torch.compile's; ``kernel``: of attention, "auto": as a training would choose it; the rest are a subject's."""
-    import torch
-    from subjects import Subject, supervised
-    from timing import one_after_another
-
-    from nnunetv2_cva.training.attention import choose, preferring
-
-    mode, kernel, steps = (
-        options.pop("mode", None),
-        options.pop("kernel", "auto"),
-        options.pop("steps", 10 if device.type == "cuda" else 2),
-    )
-    with patch("torch.compile", _compile(device, mode)):
-        subject = Subject(name, device, **options)
-        if kernel == "auto":
-            dtype = torch.bfloat16 if subject.bf16 else None
-            kernel, _ = choose("auto", subject.student.backbone, subject.views, device, dtype)
-        step: Any = supervised(subject) if how == "supervised" else getattr(subject, how)
-        if how == "supervised":
-            del subject.student, subject.teacher, subject.network, subject.optimizer, subject.training_step
-    with preferring(kernel):
-        found = one_after_another(step, device, steps)
-    del subject, step
-    _clean(device)
-    return found
-
-
-def _clean(device: Any) -> None:
-    import torch
-
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def ways(which: int, device: str, end: float, report: Report) -> None:
-    """Whole step, slow way and supervised of one of the paper's networks, compiled and plain."""
-    on, name = _torch_device(device), _paper(device)[which]
-    report(subject=name)
-    report(**{"whole step, compiled": way(on, name, "whole", compiled=True)})
-    report(**{"whole step, plain": way(on, name, "whole")})
-    report(**{"slow way": way(on, name, "slow_way", recompute=False)})
-    report(**{"supervised, compiled": way(on, name, "supervised", compiled=True)})
-
-
-def parts(device: str, end: float, report: Report) -> None:
-    """Both steps taken apart, plain."""
-    from subjects import Subject
-    from timing import in_turn
-
-    on = _torch_device(device)
-    for name in _paper(device):
-        subject = Subject(name, on)
-        report(**{name: in_turn(subject, {"whole step": subject.whole}, 5 if device == "cuda" else 2)})
-        del subject
-        _clean(on)
-
-
-# ---- switches
-
-
-def attention(device: str, end: float, report: Report) -> None:
-    """Kernels of attention: alone, as the start of a training measures them, and in the whole step."""
-    import torch
-    from subjects import Subject
-
-    from nnunetv2_cva.training.attention import KERNELS, attentions, measure
-
-    on, name = _torch_device(device), _paper(device)[1]
-    subject = Subject(name, on)
-    dtype = torch.bfloat16 if subject.bf16 else torch.float32
-    for step in attentions(subject.student.backbone, subject.views):
-        label = f"{'x'.join(map(str, step.shape))}, {step.count} times, {'with' if step.trained else 'without'} backward"
-        report(**{label: {k: s if s < float("inf") else None for k, s in measure([step], on, dtype).items()}})
-    del subject
-    _clean(on)
-    for kernel in (*KERNELS, None):
-        label = f"whole step, plain, {kernel or 'as torch chooses'}"
-        try:
-            report(**{label: way(on, name, "whole", kernel=kernel)})
-        except RuntimeError as e:
-            report(**{label: str(e).splitlines()[0]})
-
-
-def channels_last(device: str, end: float, report: Report) -> None:
-    """The U-Net with its convolutions in channels-last-3d."""
-    on, name = _torch_device(device), _paper(device)[0]
-    report(**{"compiled": way(on, name, "whole", compiled=True, channels_last=True)})
-    report(**{"plain": way(on, name, "whole", channels_last=True)})
-
-
-def graphs(device: str, end: float, report: Report) -> None:
-    """CUDA graphs, by torch.compile's mode."""
-    on = _torch_device(device)
-    for name in _paper(device):
-        try:
-            report(**{name: way(on, name, "whole", compiled=True, mode="reduce-overhead")})
-        except Exception as e:  # a result like any other
-            report(**{name: f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
-            _clean(on)
-
-
-def checkpointing(device: str, end: float, report: Report) -> None:
-    """What computing again costs, and saves."""
-    on = _torch_device(device)
-    for name in _paper(device):
-        for value in (False, "selective", True):
-            report(**{f"{name}, {str(value).lower()}": way(on, name, "whole", compiled=True, recompute=value)})
-
-
-def norms(device: str, end: float, report: Report) -> None:
-    """Instance norm and LeakyReLU at full resolution, forward and backward, by themselves."""
-    import torch
-    from timing import one_after_another
-    from torch import nn
-
-    on, cuda = _torch_device(device), device == "cuda"
-    shape = (8, 32, 128, 128, 128) if cuda else (2, 8, 24, 24, 24)
-    for label, compiled, format_ in (
-        ("plain", False, torch.contiguous_format),
-        ("compiled", True, torch.contiguous_format),
-        ("plain, channels last", False, torch.channels_last_3d),
-        ("compiled, channels last", True, torch.channels_last_3d),
-    ):
-        block = nn.Sequential(nn.InstanceNorm3d(shape[1], affine=True), nn.LeakyReLU(inplace=True)).to(on)
-        run_ = _compile(on)(block) if compiled else block
-        x = torch.randn(shape, device=on, dtype=torch.bfloat16 if cuda else torch.float32).to(memory_format=format_)
-        x.requires_grad_()
-
-        def step(part: Any, run_: Any = run_, x: Any = x) -> None:
-            x.grad = None
-            with torch.autocast(on.type, torch.bfloat16, enabled=cuda):
-                run_(x).backward(x.detach())
-
-        found = one_after_another(step, on, 10)
-        # At least: x read and the result written, forward; x and the gradient read and one written, backward.
-        report(**{label: {**found, "gb_s": 5 * x.numel() * x.element_size() / found["seconds"] / 1e9}})
-        del block, run_, x, step
-        _clean(on)
-
-
 # ---- data and a training
 
 
-def augmentation(device: str, end: float, report: Report) -> None:
+def augmentation(device: str, report: Report) -> None:
     """Every transform of a view on the device, and what hiding blocks takes for a whole batch."""
     import torch
     from augmentation import PROBABILITY, milliseconds, ours
+    from gpu_steps import torch_device
     from timing import one_after_another
 
     from nnunetv2_cva.views.masking import expand_mask, hide
 
-    on = _torch_device(device)
+    on = torch_device(device)
     for edge in (128, 160) if device == "cuda" else (32,):
         view, size = torch.randn(1, edge, edge, edge).to(on), (edge, edge, edge)
         found = {name: milliseconds(ours(on)[name], view, 12) for name in PROBABILITY}
@@ -286,7 +119,7 @@ def augmentation(device: str, end: float, report: Report) -> None:
         report(**{f"{edge}^3": {**found, "hiding, 8 views": 1000 * masked["seconds"]}})
 
 
-def data(device: str, end: float, report: Report) -> None:
+def data(device: str, report: Report) -> None:
     """A training's own measurement (``bench``) with more and more loader processes; the copy on the computation's stream."""
     import torch
     from made import made_training
@@ -308,25 +141,31 @@ def data(device: str, end: float, report: Report) -> None:
             report(said=[line for line in said if "Attention" in line or "First step" in line])
 
 
-def training(device: str, end: float, report: Report) -> None:
+def training(device: str, report: Report) -> None:
     """A pretraining, and fine-tunings from its weights and from scratch at one budget, on made cases."""
     from made import compare
 
-    compare(device, end, report)
+    from nnunetv2_cva.demo.pipeline import Size
+
+    size = Size(pretraining=(24, 200), fine_tuning=(16, 100))
+    if device == "cpu":
+        size = Size(images=20, labelled=2, test=2, pretraining=(2, 3), fine_tuning=(1, 4))
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), device, size, report)
 
 
 ITEMS = (
     Item("machine", 15, 60, machine),
     Item("correct", 60, 170, correct),
-    Item("resencl", 60, 200, partial(ways, 0)),
-    Item("primus", 60, 200, partial(ways, 1)),
-    Item("attention", 25, 60, attention),
-    Item("parts", 25, 60, parts),
+    Item("resencl", 60, 200, steps("ways", 0)),
+    Item("primus", 60, 200, steps("ways", 1)),
+    Item("attention", 25, 60, steps("attention")),
+    Item("parts", 25, 60, steps("parts")),
     Item("data", 60, 200, data),
-    Item("channels_last", 60, 150, channels_last),
-    Item("graphs", 60, 150, graphs),
-    Item("norms", 20, 60, norms),
-    Item("checkpointing", 60, 240, checkpointing),
+    Item("channels_last", 60, 150, steps("channels_last")),
+    Item("graphs", 60, 150, steps("graphs")),
+    Item("norms", 20, 60, steps("norms")),
+    Item("checkpointing", 60, 240, steps("checkpointing")),
     Item("augmentation", 15, 40, augmentation),
     Item("training", 150, 420, training),
 )

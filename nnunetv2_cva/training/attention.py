@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnunetv2_cva.model.primus import PrimusBackbone
@@ -32,8 +32,8 @@ class Attention:
     trained: bool
 
 
-def attentions(backbone: nn.Module, views: int) -> list[Attention]:
-    """The self-attention of a training step on so many views, the teacher's included; a U-Net has none."""
+def attentions(backbone: Any, views: int) -> list[Attention]:
+    """The self-attention of a training step on so many views, the teacher's included. A U-Net has none."""
     if not isinstance(backbone, PrimusBackbone):
         return []
     eva: Any = backbone.network.eva
@@ -100,7 +100,7 @@ def _once(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> None:
 
 
 def choose(
-    configured: str, backbone: nn.Module, views: int, device: torch.device, dtype: torch.dtype | None
+    configured: str, backbone: Any, views: int, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[str | None, str | None]:
     """The kernel to prefer, and a line for the log; None and None where there is nothing to choose: no attention, no CUDA, or
     float32, for which there is one kernel."""
