@@ -17,7 +17,7 @@ from helpers.images import SHAPE, voxels, write, write_several
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
-from nnunetv2_cva.datasets import inspect, inventory, parallel, reading
+from nnunetv2_cva.datasets import findings, inventory, parallel, reading
 from nnunetv2_cva.datasets.inventory import read_accepted, read_rejected, save_lists, take_inventory
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
 
@@ -28,7 +28,7 @@ def nothing(*_):
 
 def look(folder, *images, own="Dataset500_Test", processes=1, **options):
     sources = Sources(tuple(map(str, images)), **options)
-    found = take_inventory(folder, sources, own, processes, nothing, nothing)
+    found = take_inventory(folder, sources, own, processes, nothing)
     save_lists(folder, sources, found)
     return found
 
@@ -241,14 +241,14 @@ def test_every_encoding_of_nrrd_is_read(tmp_path, encoding):
 
 def test_whatever_happens_to_one_file_the_others_go_on(tmp_path, monkeypatch):
     write_several(tmp_path / "a", 3)
-    real = inspect.content_hash
+    real = findings.content_hash
 
     def odd(images):
         if images.shape[1] == SHAPE[0] + 1:  # case_1's
             raise ZeroDivisionError("nobody thought of this")
         return real(images)
 
-    monkeypatch.setattr(inspect, "content_hash", odd)
+    monkeypatch.setattr(findings, "content_hash", odd)
     found = look(tmp_path / "out", tmp_path / "a")
     assert [f.key for f in found.accepted] == ["a__case_0", "a__case_2"]
     assert found.rejected[0].reason == "ZeroDivisionError: nobody thought of this"
@@ -261,7 +261,7 @@ def test_what_memory_was_too_small_for_is_looked_at_again(tmp_path, monkeypatch)
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="None of 3 cases"):
-        patch.setattr(inspect, "content_hash", full)
+        patch.setattr(findings, "content_hash", full)
         look(tmp_path / "out", tmp_path / "a")
     assert {reason for _, reason, _ in read_rejected(tmp_path / "out")} == {"does not fit into memory"}
     assert len(look(tmp_path / "out", tmp_path / "a").accepted) == 3
@@ -270,13 +270,17 @@ def test_what_memory_was_too_small_for_is_looked_at_again(tmp_path, monkeypatch)
 def test_an_item_that_ends_its_process_is_named_and_the_others_are_done():
     done = []
     items = [0] * 9 + [signal.SIGABRT.value] + [0] * 9
-    parallel.for_each(signal.raise_signal, items, 2, done.append, lambda item: f"killed by {item}")
+    told = []
+    parallel.for_each(
+        signal.raise_signal, items, 2, done.append, lambda item: f"killed by {item}", lambda *now: told.append(now), "raising"
+    )
+    assert told == [("raising", n, 19) for n in range(20)]
     assert done.count(None) == 18 and done.count("killed by 6") == 1
 
 
 def test_a_file_that_vanishes_is_rejected(tmp_path):
     gone = Candidate("a", (str(tmp_path / "a.nii.gz"),), "", "a")
-    assert inspect.inspect_case(gone).reason == "cannot be opened: No such file or directory"
+    assert findings.inspect_case(gone).reason == "cannot be opened: No such file or directory"
 
 
 # ---- statistics
@@ -286,14 +290,14 @@ def test_a_file_that_vanishes_is_rejected(tmp_path):
 def test_box_is_nnunets(channels):
     images = np.stack([np.roll(voxels(c), c, axis=1) for c in range(channels)]).astype(np.float32)
     cropped, _, box = crop_to_nonzero(images.copy())
-    assert inspect.nonzero_box(images) == [tuple(b) for b in box]
+    assert findings.nonzero_box(images) == [tuple(b) for b in box]
     assert tuple(b - a for a, b in box) == cropped.shape[1:]
 
 
 def test_otsu_separates_two_classes_as_its_definition_says():
     rng = np.random.default_rng(0)
     image = np.concatenate([rng.normal(0, 5, 3000), rng.normal(100, 15, 1000)])
-    threshold = inspect.otsu(image)
+    threshold = findings.otsu(image)
 
     def between(t):
         a, b = image[image <= t], image[image > t]
@@ -308,15 +312,15 @@ def test_the_body_holds_what_it_encloses_but_not_the_air_around():
     image = np.full((20, 30, 40), -1000.0)
     image[:, 5:25, 5:35] = 40
     image[:, 10:20, 10:18] = -850
-    inside = inspect.enclosed(image > -400)
+    inside = findings.enclosed(image > -400)
     assert inside[:, 5:25, 5:35].all() and inside.sum() == 20 * 20 * 30
 
 
 def test_content_does_not_depend_on_format_or_compression(tmp_path):
     files = [write(tmp_path / f"a{e}", voxels()) for e in (".nii.gz", ".nii", ".nrrd", ".mha")]
-    looked = [inspect.inspect_case(Candidate("a", (str(f),), "", "a")) for f in files]
+    looked = [findings.inspect_case(Candidate("a", (str(f),), "", "a")) for f in files]
     assert len({f.content for f in looked}) == 1
-    other = inspect.inspect_case(Candidate("b", (str(write(tmp_path / "b.nii", voxels(1))),), "", "b"))
+    other = findings.inspect_case(Candidate("b", (str(write(tmp_path / "b.nii", voxels(1))),), "", "b"))
     assert other.content != looked[0].content
 
 
@@ -327,7 +331,7 @@ def test_what_was_looked_at_is_not_read_again_unless_it_changed(tmp_path, monkey
     write_several(tmp_path / "a", 4)
     first = look(tmp_path / "out", tmp_path / "a")
     read = []
-    monkeypatch.setattr(inventory, "inspect_case", lambda c: read.append(c.key) or inspect.inspect_case(c))
+    monkeypatch.setattr(inventory, "inspect_case", lambda c: read.append(c.key) or findings.inspect_case(c))
     assert look(tmp_path / "out", tmp_path / "a") == first and read == []
     write(tmp_path / "a" / "case_2.nii.gz", voxels(42))
     os.utime(tmp_path / "a" / "case_2.nii.gz", ns=(1, 1))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
+from nnunetv2_cva.commands.options import in_options, options_of
 
 COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "doctor", "bench")
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except ValueError as e:
-        print(f"nnUNetv2_cva: error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"nnUNetv2_cva: error: {in_options(' '.join(str(e).split()), args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nnUNetv2_cva: interrupted", file=sys.stderr)
@@ -43,5 +44,5 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command = importlib.import_module(f"nnunetv2_cva.commands.{name}")
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, options=options_of(subparser))
     return parser

@@ -28,7 +28,7 @@ class Sources:
     """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute.
 
     ``adopt``: folders and names of datasets that are preprocessed already, instead of images. ``held_out``: identities of the
-    cases that ``--hold-out`` left out, which stay out until sources are given anew.
+    cases that were held out, which stay out until sources are given anew.
     """
 
     images: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _from_folder(folder: Path, label: str, own: str, exclude: Sequence[str]) -> Iterator[_File]:
     """Every image below a folder; where imagesTr or imagesTs stand, only what is in them."""
     if not folder.is_dir():
-        raise ValueError(f"--images {folder}: expected a folder or the id of a dataset in nnUNet_raw, found neither.")
+        raise ValueError(f"`images={folder}`: expected a folder or the id of a dataset in nnUNet_raw, found neither.")
     prefix = "" if label == own else label
     modalities = _channel_names(folder)
     for place, names in _folders_below(folder):
@@ -156,14 +156,14 @@ def _from_table(table: Path, exclude: Sequence[str]) -> Iterator[_File]:
     Rows that name no image of nnU-Net's are cases, too: they are rejected with the other unusable ones.
     """
     if not table.is_file():
-        raise ValueError(f"--table {table}: no such file.")
+        raise ValueError(f"`table={table}`: no such file.")
     with open(table, newline="", encoding="utf-8-sig") as f:
         rows = csv.DictReader(f)
         if "path" not in (rows.fieldnames or ()):
-            raise ValueError(f"--table {table}: expected columns path[,dataset][,subject][,modality], found {rows.fieldnames}.")
+            raise ValueError(f"`table={table}`: expected columns path[,dataset][,subject][,modality], found {rows.fieldnames}.")
         for line, row in enumerate(rows, 2):
             if not row["path"]:
-                raise ValueError(f"--table {table}, line {line}: expected a path in column path, found none.")
+                raise ValueError(f"`table={table}`, line {line}: expected a path in column path, found none.")
             path = os.path.abspath(table.parent / row["path"])
             ending = ending_of(path) or os.path.splitext(path)[1]
             if _excluded(row["path"], exclude):

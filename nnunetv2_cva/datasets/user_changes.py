@@ -7,15 +7,14 @@ file, the ``"cva"`` block of every configuration that was planned, and for which
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_cva.datasets.describe import splits
-from nnunetv2_cva.datasets.inventory import write_json
+from nnunetv2_cva.datasets.fingerprint import splits
+from nnunetv2_cva.files import read_json, read_object, write_json
 
 WRITTEN, SPLITS = "cva_written.json", "splits_final.json"
 GONE = object()
@@ -46,7 +45,7 @@ def save_plans(plans: dict[str, Any], folder: Path, recipe: Recipe) -> dict[str,
     """
     name = plans["plans_name"]
     path, notes = folder / f"{name}.json", _notes(folder)
-    before = json.loads(path.read_text())["configurations"] if path.is_file() else {}
+    before = read_object(path)["configurations"] if path.is_file() else {}
     planned = {c: v["cva"] for c, v in plans["configurations"].items() if "cva" in v}
     earlier = notes["plans"].get(name, {}).get("cva", {})
     configurations, kept = {**before, **plans["configurations"]}, {}
@@ -74,10 +73,9 @@ def save_splits(folder: Path, found: Sequence[tuple[str, str]]) -> Path | None:
     """
     path, notes, moved = folder / SPLITS, _notes(folder), None
     if path.is_file():
-        there = path.read_bytes()
-        if {key for fold in json.loads(there) for side in fold.values() for key in side} == {key for key, _ in found}:
+        if {key for fold in read_json(path) for side in fold.values() for key in side} == {key for key, _ in found}:
             return None
-        if notes["splits"] != _hash(there):
+        if notes["splits"] != _hash(path.read_bytes()):
             moved = next(p for n in range(1, 10**6) if not (p := folder / f"{SPLITS}.bak{n if n > 1 else ''}").exists())
             os.replace(path, moved)
     write_json(path, splits(found))
@@ -85,9 +83,14 @@ def save_splits(folder: Path, found: Sequence[tuple[str, str]]) -> Path | None:
     return moved
 
 
+def replaced(splits_kept: Path) -> str:
+    """What to say when ``save_splits`` has moved the user's own."""
+    return f"WARNING: splits_final.json had other cases than there are now. New ones were written; yours: {splits_kept}."
+
+
 def _notes(folder: Path) -> dict[str, Any]:
     path = folder / WRITTEN
-    return {"splits": "", "plans": {}, **(json.loads(path.read_text()) if path.is_file() else {})}
+    return {"splits": "", "plans": {}, **(read_object(path) if path.is_file() else {})}
 
 
 def _hash(content: bytes) -> str:

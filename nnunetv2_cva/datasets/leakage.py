@@ -1,22 +1,24 @@
-"""Whether images that a target validates on are among those that are pretrained on."""
+"""Images that a target validates on, among those that are pretrained on: warn of them, or leave them out."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_cva.datasets.inspect import Finding, inspect_case
-from nnunetv2_cva.datasets.inventory import Inventory, look_at
+from nnunetv2_cva.datasets.findings import Finding, inspect_case
+from nnunetv2_cva.datasets.inventory import Inventory, remembered
+from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.sources import Candidate
 from nnunetv2_cva.datasets.targets import FineTuned
+from nnunetv2_cva.files import read_json
+from nnunetv2_cva.nnunet import RAW
+
+REASON = "held out: a target validates on it"
 
 
 class Unknown(ValueError):
@@ -39,7 +41,7 @@ class HeldOut:
         found = (
             f"{len(self.cases)} of {self.total} validation cases of fold {self.fold} of {self.target} are in the "
             f"pretraining set ({', '.join(self.cases[:3])}{', ...' if len(self.cases) > 3 else ''}): that fold's score is not "
-            f"one on unseen images. --hold-out {self.fold} leaves them out."
+            f"one on unseen images. `hold_out={self.fold}` leaves them out."
         )
         unknown = (
             f"The images of {self.missing} of {self.total} validation cases of fold {self.fold} of {self.target} were not found "
@@ -48,14 +50,46 @@ class HeldOut:
         return f"WARNING: {' '.join(([found] if self.cases else []) + ([unknown] if self.missing else []))}"
 
 
-def by_voxels(
-    target: FineTuned,
-    found: Sequence[Finding],
-    folder: Path,
-    processes: int,
-    started: Callable[[int], Any],
-    tick: Callable[[], Any],
-) -> list[HeldOut]:
+Compare = Callable[[FineTuned], list[HeldOut]]
+
+
+def left_out(targets: Sequence[FineTuned], fold: int | None, compare: Compare, say: Callable[[str], object]) -> frozenset[str]:
+    """Identities of the cases to leave out: those of validation fold ``fold``. None: warn of those of every fold instead.
+
+    ``compare``: what of each of a target's folds is pretrained on.
+
+    Raises:
+        ValueError: a target has no such fold, or it cannot be told which of its images are pretrained on.
+    """
+    out: frozenset[str] = frozenset()
+    for target in targets:
+        try:
+            folds = compare(target)
+        except Unknown as e:
+            if fold is not None:
+                raise ValueError(f"`hold_out={fold}`: {target.name} cannot be compared with the pretraining set: {e}") from None
+            say(f"WARNING: could not check whether {target.name} validates on images that are pretrained on: {e}")
+            continue
+        if fold is None:
+            for found in folds:
+                if found.cases or found.missing:
+                    say(str(found))
+            continue
+        if not 0 <= fold < len(folds):
+            raise ValueError(f"`hold_out={fold}`: {target.name} has the folds 0 to {len(folds) - 1}.")
+        if folds[fold].missing:
+            raise ValueError(f"`hold_out={fold}`: {str(folds[fold]).removeprefix('WARNING: ')}")
+        out |= folds[fold].identities
+        say(f"`hold_out={fold}`: {len(folds[fold].identities)} cases are left out, on which {target.name} validates.")
+    return out
+
+
+def comparing_voxels(found: Sequence[Finding], folder: Path, processes: int, progress: Progress) -> Compare:
+    """Looks for a target's validation images among images; what it reads is remembered in ``folder``."""
+    return lambda target: by_voxels(target, found, folder, processes, progress)
+
+
+def by_voxels(target: FineTuned, found: Sequence[Finding], folder: Path, processes: int, progress: Progress) -> list[HeldOut]:
     """Per fold of the target, the images that are pretrained on, recognised by their voxels, whatever they are called.
 
     ``folder``: where it is remembered what was looked at.
@@ -63,7 +97,8 @@ def by_voxels(
     Raises:
         Unknown: the target's images or folds are not there.
     """
-    raw = Path(nnUNet_raw) / target.name if nnUNet_raw.is_set() else None
+    root = os.environ.get(RAW)
+    raw = Path(root) / target.name if root else None
     files = _raw_files(raw, target) if raw is not None and raw.is_dir() else {}
     if not files:
         raise Unknown(f"its images are not in nnUNet_raw ({raw or 'which is not set'}).")
@@ -76,7 +111,8 @@ def by_voxels(
     there = {case for fold in folds for case in fold if case in files and all(map(os.path.isfile, files[case]))}
     groups = {part for case in there for part in parts(case)}
     candidates = [Candidate("", g, target.name, "") for g in sorted(groups)]
-    looked = look_at(inspect_case, candidates, folder, processes, started, tick)
+    what = f"Looking for validation images of {target.name}"
+    looked = remembered(inspect_case, candidates, folder, processes, progress, what)
     pretrained = {f.content for f in found}
     same = {case: {looked[part].content for part in parts(case)} & pretrained for case in there}
     return [_held_out(target, n, fold, same, [c for c in fold if c not in there]) for n, fold in enumerate(folds)]
@@ -105,7 +141,7 @@ def _folds(target: FineTuned, cases: Sequence[str]) -> list[list[str]]:
     """The validation cases of every fold: of its splits, else those that nnU-Net would make of ``cases``."""
     splits = target.folder / "splits_final.json"
     if splits.is_file():
-        return [list(fold["val"]) for fold in json.loads(splits.read_text())]
+        return [list(fold["val"]) for fold in read_json(splits)]
     if len(cases) < 5:
         raise Unknown("it has no splits_final.json, and fewer than five cases to make nnU-Net's folds of.")
     folds = generate_crossval_split([str(k) for k in np.sort(list(cases))], seed=12345, n_splits=5)

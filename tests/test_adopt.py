@@ -16,7 +16,7 @@ from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.config import CVAConfig
-from nnunetv2_cva.datasets import nnssl_tree
+from nnunetv2_cva.datasets import adopt as adopting
 from nnunetv2_cva.datasets.inventory import read_rejected
 from nnunetv2_cva.views.index import Entry, read_index, sampling_weights, write_index
 from nnunetv2_cva.views.loader import Cases, PairDataset
@@ -116,8 +116,8 @@ def test_voxels_are_looked_at_once(tree, monkeypatch, capsys):
     assert rejected["nan"] == rejected["inf"] == "NaN or Inf in 1 voxels" and rejected["zero"] == "all voxels are 0"
     assert rejected["twin"] == "duplicate of OpenNeuro/ds000/sub-00/ses-1/T1w"
     assert len(index_of(preprocessed).keys) == 9
-    looked, real = [], nnssl_tree.look_at_case
-    monkeypatch.setattr(nnssl_tree, "look_at_case", lambda c: looked.append(c.key) or real(c))
+    looked, real = [], adopting.voxels_of_case
+    monkeypatch.setattr(adopting, "voxels_of_case", lambda c: looked.append(c.key) or real(c))
     assert adopt(base, "--preset", "tiny") == 0 and looked == []
     broken(folder / "T2w.b2nd", np.nan)
     assert adopt(base, "--preset", "tiny") == 0 and [k.rpartition("/")[2] for k in looked] == ["T2w"]
@@ -138,7 +138,7 @@ def test_a_dataset_is_of_images_or_of_preprocessed_data(tree, tmp_path, capsys):
     write_several(tmp_path / "images", 3)
     assert adopt(base, "--preset", "tiny") == 0
     assert main.main(["plan", "-d", NAME, "--images", str(tmp_path / "images"), "-np", "1"]) == 2
-    assert f"{NAME} uses preprocessed data where it lies. Give this another dataset" in capsys.readouterr().err
+    assert f"{NAME} uses preprocessed data where it lies. Give this another dataset (-d)" in capsys.readouterr().err
     images = ("--images", str(tmp_path / "images"), "--preset", "tiny", "-np", "1")
     assert main.main(["plan", "-d", "Dataset747_Images", *images]) == 0
     assert adopt(base, name="Dataset747_Images") == 2 and "uses images" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_the_folder_of_one_configuration_can_be_given(tree):
         ("nnsslPlans_onemmiso", (1.0, 1.0, 1.0), 12),
         ("", (1.0, 1.0, 1.0), 12),
     ):
-        found = nnssl_tree.open_nnssl(base / given if given else base)
+        found = adopting.open_nnssl(base / given if given else base)
         assert (found.spacing, len(found.names)) == (spacing, count)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_cva.datasets.inspect import QUANTILES, Finding
+from nnunetv2_cva.datasets.findings import QUANTILES, Finding
 from nnunetv2_cva.datasets.reading import ending_of
 from nnunetv2_cva.views.index import Entry
 
@@ -32,7 +32,7 @@ def channel_names(given: Sequence[str], told: Collection[str], channels: int) ->
     """
     if given:
         if len(given) != channels:
-            raise ValueError(f"--modality {' '.join(given)}: expected {channels} name(s), one per channel.")
+            raise ValueError(f"`modality={' '.join(given)}`: expected {channels} name(s), one per channel.")
         return list(given)
     names = next(iter(told)).split(";") if len(told) == 1 else []
     if len(names) == channels and all(names):
@@ -45,8 +45,8 @@ def normalisation_warnings(schemes: Sequence[str], found: Sequence[Finding], ask
     lines = []
     if asked and list(asked) != list(schemes):
         lines.append(
-            f"WARNING: --modality asks for {', '.join(asked)}, but these plans have {', '.join(schemes)}, as the target has. "
-            "Plan from the images or a preset (without --target alone) to have it otherwise."
+            f"WARNING: `modality` asks for {', '.join(asked)}, but these plans have {', '.join(schemes)}, as the target has. "
+            "Plan from the images or a preset (not with `target` alone) to have it otherwise."
         )
     for channel, scheme in enumerate(schemes):
         ct = sum(f.intensities[channel]["min"] <= CT_AIR for f in found)
@@ -55,12 +55,12 @@ def normalisation_warnings(schemes: Sequence[str], found: Sequence[Finding], ask
             lines.append(
                 f"WARNING: {len(found) - ct} of {len(found)} cases do not look like CT{of} (no air at -1000) and will be clipped "
                 "and scaled as CT all the same, which spoils MR. Give what is no CT a dataset of its own, planned without "
-                "--modality CT and without a target of CT."
+                "`modality=CT` and without a target of CT."
             )
         elif scheme != "CTNormalization" and ct:
             lines.append(
                 f"NOTE: {ct} of {len(found)} cases look like CT{of} (air at -1000) and will be normalised by {scheme}, as MR is. "
-                "For CT's normalisation make them a dataset of their own with --modality CT."
+                "For CT's normalisation make them a dataset of their own with `modality=CT`."
             )
     return lines
 

@@ -1,8 +1,8 @@
-"""A view that leaves room for two different views, and what a step with it takes."""
+"""The configuration for pretraining: a view that leaves room for two different views, and what a step with it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,88 @@ import numpy as np
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
+from nnunetv2_cva.datasets.user_changes import Recipe
+from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.seeding import stream
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.views.geometry import Feasibility, feasibility
 
-ENOUGH = 0.75  # of the cases shall have room for the drawn overlap
+PAPERS_BATCH = 4
+ROOM_IN = 0.75  # of the cases shall have room for the drawn overlap
 LOOKED_AT = 256  # cases whose shapes decide about the view
 CELLS = 2  # a view keeps at least so many cells of the deepest feature map along every axis
 TOKEN = (8, 8, 8)  # voxels of a Primus token
 SMALL_VIEW = 48  # below, blocks of 16 voxels are too few to hide 75 % of them
 GB_PER_FEATURES = {"PlainConvUNet": 8 / 560e6, "ResidualEncoderUNet": 8 / 680e6}  # nnU-Net's rule, at 2 patches
+
+
+def add_configuration(
+    plans: dict[str, Any],
+    configuration: str,
+    shapes: Sequence[tuple[int, ...]],
+    preset: dict[str, Any],
+    recipe: Recipe,
+    view: Sequence[int] | None,
+    batch_size: int | None,
+    say: Callable[[str], object],
+) -> None:
+    """Add the configuration for pretraining and say what it is.
+
+    ``shapes``: of the preprocessed cases; ``preset``: the configuration for pretraining that a preset has, else empty; ``view``
+    and ``batch_size``: as asked for, None to be proposed.
+
+    Raises:
+        ValueError: a view or batch size that cannot be.
+    """
+    base, given = plans["configurations"][configuration], preset.get("cva", {})
+    config = CVAConfig().updated(given, "preset")
+    step = TOKEN if recipe.is_primus else strides(base["architecture"])
+    chosen, found = _chosen_view(view, preset.get("patch_size"), shapes, base["patch_size"], step, config)
+    block = {**method_block(chosen), **given}
+    batch = _chosen_batch(batch_size, preset.get("batch_size", PAPERS_BATCH), len(shapes), config)
+    add_pretraining(plans, configuration, chosen, batch, block)
+    say(
+        f"{configuration}: spacing {by(base['spacing'])} mm, median case {by(np.median(shapes, axis=0))} voxels, "
+        f"patch {by(base['patch_size'])}."
+    )
+    settings = f", {block}" if block else ""
+    say(f"{configuration}{PRETRAINING}: view {by(chosen)}, {batch} cases per step{settings}. {found}")
+    if found.fits < ROOM_IN * found.cases:
+        other, better = propose_view(shapes, chosen, step, config)
+        remedy = f"`view={by(other).replace('x', ' ')}` fits into {better.fits}." if other != chosen else ""
+        few = f"{found.cases - found.fits} of {found.cases} cases"
+        say(f"WARNING: in {few} two views of this size overlap more than configured. {remedy}".rstrip())
+    channels = len(base["normalization_schemes"])
+    memory = None if recipe.is_primus else estimate_memory(base["architecture"], chosen, batch, channels, config)
+    say(str(memory or "GPU memory: no estimate for this network."))
+
+
+def _chosen_view(
+    asked: Sequence[int] | None,
+    preset: Sequence[int] | None,
+    shapes: Sequence[tuple[int, ...]],
+    largest: Sequence[int],
+    step: tuple[int, ...],
+    config: CVAConfig,
+) -> tuple[tuple[int, ...], Feasibility]:
+    """The view that was asked for, is the preset's or is proposed, and how much room the cases leave for two of them."""
+    if asked and any(n < s or n % s for n, s in zip(asked, step)):
+        raise ValueError(f"`view={by(asked)}`: expected multiples of {by(step)}, the network's strides.")
+    given = asked or preset
+    if not given:
+        return propose_view(shapes, largest, step, config)
+    return tuple(given), room(shapes, given, config)
+
+
+def _chosen_batch(asked: int | None, usual: int, cases: int, config: CVAConfig) -> int:
+    """Cases per step, which are different cases; some are kept back for the probe pairs, as in a training on fold all."""
+    trained_on = cases - min(config.probe_cases, cases // 10)
+    if asked is None:
+        return min(usual, trained_on)
+    if not 1 <= asked <= trained_on:
+        raise ValueError(f"`batch_size={asked}`: expected 1 to {trained_on}, the number of cases to train on.")
+    return asked
 
 
 def strides(architecture: dict[str, Any]) -> tuple[int, ...]:
@@ -45,7 +118,7 @@ def propose_view(
         found = room(shapes, [int(n) for n in view], config)
         smaller = view - step
         possible = smaller >= np.multiply(CELLS, step)
-        if found.fits >= ENOUGH * found.cases or not possible.any():
+        if found.fits >= ROOM_IN * found.cases or not possible.any():
             return tuple(int(n) for n in view), found
         axis = int(np.argmax(np.where(possible, view / median, -1)))
         view[axis] = smaller[axis]

@@ -6,9 +6,8 @@ Every case is a file of its own that appears when it is whole, so a run can be k
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +19,12 @@ import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_cva.datasets.destination import FAILED, NOTE, Destination, Storage, writable
+from nnunetv2_cva.datasets.findings import Finding, content_hash
 from nnunetv2_cva.datasets.formats import Unusable, one_line
-from nnunetv2_cva.datasets.inspect import Finding, content_hash
-from nnunetv2_cva.datasets.parallel import for_each
-from nnunetv2_cva.datasets.preprocessed import FAILED, HOST, NOTE, Storage, Target, writable
+from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.reading import read_images
+from nnunetv2_cva.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class Job:
     """One case to preprocess."""
 
     case: Finding
-    target: Target
+    to: Destination
 
     @property
     def final(self) -> Path:
-        return self.target.folder / f"{self.case.key}.b2nd"
+        return self.to.folder / f"{self.case.key}.b2nd"
 
     @property
     def failed(self) -> Path:
-        return self.target.folder / f"{self.case.key}{FAILED}"
+        return self.to.folder / f"{self.case.key}{FAILED}"
 
 
-def preprocess(target: Target, todo: Sequence[Finding], processes: int, tick: Callable[[], Any]) -> None:
-    """Preprocess these cases; ``tick()`` after each. A case that fails is noted and the rest goes on.
+def preprocess(to: Destination, todo: Sequence[Finding], processes: int, progress: Progress, what: str) -> None:
+    """Preprocess these cases. A case that fails is noted and the rest goes on.
 
     Raises:
         ValueError: what is finished cannot be written.
     """
-    for_each(preprocess_case, [Job(c, target) for c in todo], processes, lambda _: tick(), _killed)
+    for_each(preprocess_case, [Job(c, to) for c in todo], processes, lambda _: None, _killed, progress, what)
 
 
 def preprocess_case(job: Job) -> None:
@@ -59,18 +59,18 @@ def preprocess_case(job: Job) -> None:
         ValueError: it cannot be written: then no other case can be, either.
     """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with writable(job.target.folder):
+    with writable(job.to.folder):
         job.failed.unlink(missing_ok=True)  # else another part, ending now, would take the case for settled
     try:
         data, properties = _preprocessed(job)
     except Unusable as e:
         _note_failure(job, str(e))
     except MemoryError:
-        _note_failure(job, "does not fit into memory; run again with fewer processes (-np)")
+        _note_failure(job, "does not fit into memory; run again with fewer processes")
     except Exception as e:  # noqa: BLE001  whatever is odd about one case, the others go on
         _note_failure(job, f"{type(e).__name__}: {one_line(e)}")
     else:
-        with writable(job.target.folder):
+        with writable(job.to.folder):
             _write(data, properties, job)
 
 
@@ -78,10 +78,10 @@ def _preprocessed(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
     images, properties = read_images(job.case.files)
     if content_hash(images) != job.case.content:
         raise Unusable("its images have changed since plan looked at them: run plan again")
-    manager = _without_mask_resampling(job.target)
+    manager = _without_mask_resampling(job.to)
     preprocessor = manager.preprocessor_class(verbose=False)
-    data, _, properties = preprocessor.run_case_npy(images, None, properties, PlansManager(job.target.plans), manager, {})
-    return _stored(data, job.target.storage), properties
+    data, _, properties = preprocessor.run_case_npy(images, None, properties, PlansManager(job.to.plans), manager, {})
+    return _stored(data, job.to.storage), properties
 
 
 def _killed(job: Job) -> None:
@@ -89,13 +89,13 @@ def _killed(job: Job) -> None:
 
 
 def _note_failure(job: Job, reason: str) -> None:
-    with writable(job.target.folder):
+    with writable(job.to.folder):
         job.failed.write_text(reason, encoding="utf-8")
 
 
-def _without_mask_resampling(target: Target) -> ConfigurationManager:
+def _without_mask_resampling(to: Destination) -> ConfigurationManager:
     """nnU-Net makes a mask of what is not zero, normalises with it and then resamples it, for nobody: leave that out."""
-    return _configuration(json.dumps(target.plans), target.configuration)
+    return _configuration(json.dumps(to.plans), to.configuration)
 
 
 @lru_cache(maxsize=1)
@@ -121,19 +121,13 @@ def _write(data: np.ndarray, properties: dict[str, Any], job: Job) -> None:
     The blosc2 file notes which images it was made of.
     """
     blosc2.set_nthreads(1)
-    blocks, chunks = comp_blosc2_params(data.shape, tuple(job.target.manager.patch_size), data.itemsize)
+    blocks, chunks = comp_blosc2_params(data.shape, tuple(job.to.manager.patch_size), data.itemsize)
     codec, level = blosc2.Codec.LZ4HC, 5  # nnU-Net's
     chosen = nnUNetDatasetBlosc2._select_filter(data, blocks, chunks, codec, level)
     final, notes = job.final, job.final.with_suffix(".pkl")
-    partial, partial_notes = (p.with_name(f"{p.name}.{HOST}.{os.getpid()}.partial") for p in (final, notes))
-    partial.unlink(missing_ok=True)
     cparams = {"codec": codec, "clevel": level, "filters": [chosen], "nthreads": 1}
-    try:
+    with written_whole(final) as partial:
+        partial.unlink(missing_ok=True)
         blosc2.asarray(data, urlpath=str(partial), chunks=chunks, blocks=blocks, cparams=cparams, meta={NOTE: job.case.content})
-        partial_notes.write_bytes(pickle.dumps(properties))
-    except Exception:
-        for path in (partial, partial_notes):
-            path.unlink(missing_ok=True)
-        raise
-    os.replace(partial_notes, notes)
-    os.replace(partial, final)
+        with written_whole(notes) as partial_notes:
+            partial_notes.write_bytes(pickle.dumps(properties))

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
 import shutil
-import socket
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +14,18 @@ import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_cva.datasets.findings import Finding
 from nnunetv2_cva.datasets.formats import one_line
-from nnunetv2_cva.datasets.inspect import Finding
-from nnunetv2_cva.datasets.inventory import read_accepted, read_rejected, write_json, write_rejected
-from nnunetv2_cva.datasets.written import save_splits
+from nnunetv2_cva.datasets.inventory import read_accepted, read_rejected, write_rejected
+from nnunetv2_cva.datasets.user_changes import save_splits
+from nnunetv2_cva.files import read_object, remove_abandoned, write_json
 from nnunetv2_cva.views.index import INDEX, Entry, read_index, write_index
 
 SETTINGS = "settings.json"
 FAILED = ".failed"  # <case>.failed holds why a case could not be preprocessed
 PREFIX = "preprocessing: "
 NOTE = "nnunetv2_cva"  # what the blosc2 file notes: the content of the images that it was made of
-LONG_AGO = 24 * 3600  # seconds; a case takes no such time
-HOST = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
-ROOM = "Make room, point nnUNet_preprocessed to a larger disk, or store half the bytes with --storage float16."
+ROOM = "Make room, point nnUNet_preprocessed to a larger disk, or store half the bytes with `storage=float16`."
 # What decides about the voxels; a folder holds cases of one such setting only.
 DECISIVE = (
     "spacing",
@@ -47,7 +41,7 @@ Storage = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where the cases go and how they are made. ``folder``: of the configuration's data."""
 
     dataset: Path
@@ -71,14 +65,14 @@ def shape_after(case: Finding, plans: dict[str, Any], spacing: Sequence[float]) 
     return tuple(int(n) for n in shape)
 
 
-def missing(target: Target, cases: Sequence[Finding]) -> list[Finding]:
+def missing(to: Destination, cases: Sequence[Finding]) -> list[Finding]:
     """The cases that are not there yet, or were made of images that have changed since."""
-    return [c for c in cases if shape_of(target, c) is None]
+    return [c for c in cases if shape_of(to, c) is None]
 
 
-def shape_of(target: Target, case: Finding) -> tuple[int, ...] | None:
+def shape_of(to: Destination, case: Finding) -> tuple[int, ...] | None:
     """(C, I, J, K) of a preprocessed case; None where there is none, or one of other images than the case has now."""
-    path = target.folder / f"{case.key}.b2nd"
+    path = to.folder / f"{case.key}.b2nd"
     if not path.is_file():
         return None
     try:
@@ -88,35 +82,35 @@ def shape_of(target: Target, case: Finding) -> tuple[int, ...] | None:
         return None
 
 
-def needed_bytes(target: Target, cases: Sequence[Finding]) -> int:
+def needed_bytes(to: Destination, cases: Sequence[Finding]) -> int:
     """About how much the cases will take on disk."""
-    spacing, size = target.manager.spacing, np.dtype(target.storage).itemsize
-    voxels = sum(int(np.prod(shape_after(c, target.plans, spacing))) * len(c.files) for c in cases)
+    spacing, size = to.manager.spacing, np.dtype(to.storage).itemsize
+    voxels = sum(int(np.prod(shape_after(c, to.plans, spacing))) * len(c.files) for c in cases)
     return int(voxels * size * TYPICAL_RATIO)
 
 
-def prepare(target: Target, cases: Sequence[Finding]) -> None:
+def prepare(to: Destination, cases: Sequence[Finding]) -> None:
     """Check and make the folder. ``cases``: of all parts, since these share the disk.
 
     Raises:
         ValueError: the folder holds cases made with other settings, or the disk is too small.
     """
-    target.folder.mkdir(parents=True, exist_ok=True)
-    path, now = target.folder / SETTINGS, _settings(target)
+    to.folder.mkdir(parents=True, exist_ok=True)
+    path, now = to.folder / SETTINGS, _settings(to)
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_object(path)
         changed = [k for k in now if before.get(k) != now[k]]
         if changed:
             listing = "; ".join(f"{k}: {before.get(k)}, now {now[k]}" for k in changed)
             raise ValueError(
-                f"{target.folder} holds cases made with other settings ({listing}). Delete "
-                "the folder to preprocess again, or plan under another name (plan -p NAME)."
+                f"{to.folder} holds cases made with other settings ({listing}). Delete "
+                "the folder to preprocess again, or plan under another name (`plans`)."
             )
-    todo = [c for c in cases if not (target.folder / f"{c.key}.b2nd").is_file()]
-    need, free = needed_bytes(target, todo), shutil.disk_usage(target.folder).free
+    todo = [c for c in cases if not (to.folder / f"{c.key}.b2nd").is_file()]
+    need, free = needed_bytes(to, todo), shutil.disk_usage(to.folder).free
     if need > free:
         raise ValueError(
-            f"{len(todo)} cases need about {need / 2**30:.1f} GB in {target.folder}, {free / 2**30:.1f} GB are free there. {ROOM}"
+            f"{len(todo)} cases need about {need / 2**30:.1f} GB in {to.folder}, {free / 2**30:.1f} GB are free there. {ROOM}"
         )
     write_json(path, now)
 
@@ -143,42 +137,23 @@ class Finished:
     splits_kept: Path | None
 
 
-def finish(target: Target) -> Finished | None:
+def finish(to: Destination) -> Finished | None:
     """When every case is there or has failed: write the index, the splits and ``rejected.csv``.
 
     None while cases are missing: other parts are still running.
     """
-    cases = read_accepted(target.dataset)
-    shapes = {c.key: shape_of(target, c) for c in cases}
-    failed = {c.key: target.folder / f"{c.key}{FAILED}" for c in cases if shapes[c.key] is None}
+    cases = read_accepted(to.dataset)
+    shapes = {c.key: shape_of(to, c) for c in cases}
+    failed = {c.key: to.folder / f"{c.key}{FAILED}" for c in cases if shapes[c.key] is None}
     if not all(path.is_file() for path in failed.values()):
         return None
     done = [c for c in cases if c.key not in failed]
-    with writable(target.folder):
-        write_index(target.folder, (Entry(c.key, shapes[c.key] or (), c.dataset) for c in done))
-        kept = save_splits(target.dataset, [(c.key, c.subject) for c in done])
-        _list_failures(target.dataset, {c.key: c for c in cases}, failed)
-        for partial in target.folder.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):
-                if _abandoned(partial):
-                    partial.unlink()
+    with writable(to.folder):
+        write_index(to.folder, (Entry(c.key, shapes[c.key] or (), c.dataset) for c in done))
+        kept = save_splits(to.dataset, [(c.key, c.subject) for c in done])
+        _list_failures(to.dataset, {c.key: c for c in cases}, failed)
+        remove_abandoned(to.folder)
     return Finished(len(done), len(failed), kept)
-
-
-def _abandoned(partial: Path) -> bool:
-    """Whether the process that wrote a file has ended: ``<name>.<host>.<process>.partial``."""
-    *_, host, pid, _ = ("", "", *partial.name.split("."))
-    if host != HOST or os.name == "nt" or not pid.isdigit():  # Windows has no way to ask
-        return time.time() - partial.stat().st_mtime > LONG_AGO
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # it lives, and is another user's
-    return False
 
 
 def _list_failures(dataset: Path, cases: dict[str, Finding], failed: dict[str, Path]) -> None:
@@ -206,13 +181,13 @@ def without_left_out(dataset: Path, keys: Collection[str]) -> list[Path]:
     return changed
 
 
-def _settings(target: Target) -> dict[str, Any]:
-    configuration = target.manager.configuration
+def _settings(to: Destination) -> dict[str, Any]:
+    configuration = to.manager.configuration
     return {
         **{k: configuration[k] for k in DECISIVE},
-        "transpose_forward": target.plans["transpose_forward"],
-        "foreground_intensity_properties_per_channel": target.plans["foreground_intensity_properties_per_channel"]
+        "transpose_forward": to.plans["transpose_forward"],
+        "foreground_intensity_properties_per_channel": to.plans["foreground_intensity_properties_per_channel"]
         if "CTNormalization" in configuration["normalization_schemes"]
         else None,
-        "storage": target.storage,
+        "storage": to.storage,
     }

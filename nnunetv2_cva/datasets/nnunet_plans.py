@@ -20,9 +20,10 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_cva.config import SUFFIX
-from nnunetv2_cva.datasets.inspect import Finding
-from nnunetv2_cva.datasets.inventory import write_json
+from nnunetv2_cva.datasets.findings import Finding
 from nnunetv2_cva.datasets.reading import ending_of, readers
+from nnunetv2_cva.files import read_object, write_json
+from nnunetv2_cva.nnunet import configuration as configuration_of
 
 DEFAULT_PLANNER = "nnUNetPlannerResEncL"
 PER_DATASET = (
@@ -52,8 +53,8 @@ def from_preset(name: str) -> dict[str, Any]:
     shipped = presets()
     path = shipped.get(name) or Path(name)
     if name not in shipped and not (path.suffix == ".json" and path.is_file()):
-        raise ValueError(f"--preset {name}: expected one of {', '.join(shipped)}, or a plans file (.json).")
-    return {"preset": {}, **json.loads(path.read_text())}
+        raise ValueError(f"`preset={name}`: expected one of {', '.join(shipped)}, or a plans file (.json).")
+    return {"preset": {}, **read_object(path)}
 
 
 def from_fingerprint(
@@ -67,7 +68,7 @@ def from_fingerprint(
     place = os.path.join(nnunetv2.__path__[0], "experiment_planning")
     planner_class = recursive_find_python_class(place, planner, current_module="nnunetv2.experiment_planning")
     if planner_class is None:
-        raise ValueError(f"-pl {planner}: nnU-Net has no such planner. Expected {DEFAULT_PLANNER}, ExperimentPlanner, ...")
+        raise ValueError(f"`planner={planner}`: nnU-Net has no such planner. Expected {DEFAULT_PLANNER}, ExperimentPlanner, ...")
     with tempfile.TemporaryDirectory() as folder, _nnunet_folders(Path(folder)) as (raw, preprocessed):
         one_case = {example.key: {"images": list(example.files[:1]), "label": example.files[0]}}
         (raw / name).mkdir(parents=True)
@@ -114,21 +115,15 @@ def normalised_as(plans: dict[str, Any], channels: Sequence[str]) -> dict[str, A
     return plans
 
 
-def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """One configuration with all it inherits.
+def volume_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """One configuration with all it inherits: a copy.
 
     Raises:
         ValueError: there is none of this name, or not 3D.
     """
-    all_of_them = plans["configurations"]
-    if configuration not in all_of_them:
-        raise ValueError(f"Configuration {configuration} not in {plans['plans_name']}. Expected one of {', '.join(all_of_them)}.")
-    found = dict(all_of_them[configuration])
-    while "inherits_from" in found:
-        parent = found.pop("inherits_from")
-        found = {**all_of_them[parent], **found}
+    found = configuration_of(plans, name)
     if len(found["patch_size"]) != 3:
-        raise ValueError(f"Configuration {configuration} of {plans['plans_name']} is 2D. Pretraining needs a 3D configuration.")
+        raise ValueError(f"Configuration {name} of {plans['plans_name']} is 2D. Pretraining needs a 3D configuration.")
     return found
 
 
@@ -146,7 +141,7 @@ def for_images(
     ``intensities``: of these images, None to keep those of ``base`` (a target's: its normalisation is to be repeated).
     """
     plans = {k: copy.deepcopy(v) for k, v in base.items() if k not in ("configurations", "preset")}
-    kept = copy.deepcopy(resolved(base, configuration))
+    kept = volume_configuration(base, configuration)
     kept.pop("cva", None)
     for key in ("normalization_schemes", "use_mask_for_norm"):
         if len(kept[key]) != channels:

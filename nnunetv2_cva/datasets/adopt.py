@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ from typing import Any
 import blosc2
 import numpy as np
 
+from nnunetv2_cva.datasets.findings import Finding, killed, looked_at
 from nnunetv2_cva.datasets.formats import Unusable, not_finite, one_line
-from nnunetv2_cva.datasets.inspect import Finding, killed, looked_at
-from nnunetv2_cva.datasets.inventory import Inventory, look_at, sorted_out
-from nnunetv2_cva.datasets.parallel import for_each
-from nnunetv2_cva.datasets.plan import resolved
+from nnunetv2_cva.datasets.inventory import Inventory, remembered, sorted_out
+from nnunetv2_cva.datasets.nnunet_plans import volume_configuration
+from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.sources import Candidate
+from nnunetv2_cva.files import read_object
 
 NNSSL_PLANS = "nnsslPlans"
 PREFERRED = "onemmiso"
+LOOKING = "Looking at cases"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def open_nnssl(path: Path) -> Adopted:
         preferred = [p for p in options if p.name == f"{NNSSL_PLANS}_{PREFERRED}"]
         if len(preferred or options) != 1:
             raise ValueError(
-                f"--adopt {path}: expected a folder {NNSSL_PLANS}_{PREFERRED} in it, found "
+                f"`adopt={path}`: expected a folder {NNSSL_PLANS}_{PREFERRED} in it, found "
                 f"{', '.join(p.name for p in options) or 'none of the kind'}. Give the id of a preprocessed nnU-Net dataset or a "
                 "folder of nnssl's data."
             )
@@ -70,7 +71,7 @@ def _nnssl_spacing(base: Path, inside: Path) -> tuple[float, ...] | None:
     plans = base / f"{NNSSL_PLANS}.json"
     if not plans.is_file():
         return None
-    configuration = json.loads(plans.read_text())["configurations"].get(inside.name.removeprefix(f"{NNSSL_PLANS}_"), {})
+    configuration = read_object(plans)["configurations"].get(inside.name.removeprefix(f"{NNSSL_PLANS}_"), {})
     spacing = configuration.get("spacing")
     return tuple(float(s) for s in spacing) if spacing else None
 
@@ -83,17 +84,17 @@ def open_nnunet(folder: Path, plans_name: str, configuration: str) -> Adopted:
     """
     path = folder / f"{plans_name}.json"
     if not path.is_file():
-        raise ValueError(f"--adopt {folder.name}: {path} not found. Name its plans with --target-plans.")
-    plans = json.loads(path.read_text())
-    found = resolved(plans, configuration)
+        raise ValueError(f"`adopt={folder.name}`: {path} not found. Name its plans with `target_plans`.")
+    plans = read_object(path)
+    found = volume_configuration(plans, configuration)
     data = folder / found["data_identifier"]
     files = sorted(os.listdir(data)) if data.is_dir() else []
     keys = [f[: -len(".b2nd")] for f in files if f.endswith(".b2nd") and not f.endswith("_seg.b2nd")]
     names = {key: (folder.name, f"{folder.name}__{key}") for key in keys}
     if not names:
         raise ValueError(
-            f"--adopt {folder.name}: no preprocessed cases in {data}. Run nnUNetv2_preprocess -d {folder.name} "
-            f"-plans_name {plans_name} -c {configuration}, or pretrain from its raw images (--images)."
+            f"`adopt={folder.name}`: no preprocessed cases in {data}. Preprocess {configuration} of {plans_name} with nnU-Net, "
+            "or pretrain from its raw images (`images`)."
         )
     return Adopted(data, names, tuple(found["spacing"]), plans)
 
@@ -110,38 +111,25 @@ def combined(parts: Sequence[Adopted]) -> tuple[str, list[Candidate]]:
     return root, [found[key] for key in sorted(found)]
 
 
-def look_at_cases(
-    cases: Sequence[Candidate],
-    folder: Path,
-    headers_only: bool,
-    processes: int,
-    started: Callable[[int], Any],
-    tick: Callable[[], Any],
-) -> Inventory:
+def usable_cases(cases: Sequence[Candidate], folder: Path, headers_only: bool, processes: int, progress: Progress) -> Inventory:
     """Which of the cases can be used. ``headers_only``: without a look at their voxels, so NaN and duplicates are not found.
 
-    ``folder``: where it is remembered what was looked at. ``started(n)`` is told how many cases have to be read.
+    ``folder``: where it is remembered what was looked at.
     """
     if headers_only:
         found: list[Finding] = []
-        started(len(cases))
-
-        def note(finding: Finding) -> None:
-            found.append(finding)
-            tick()
-
-        for_each(look_at_header, cases, processes, note, killed)
+        for_each(header_of_case, cases, processes, found.append, killed, progress, LOOKING)
         return sorted_out(found, stacked=False)
-    looked = look_at(look_at_case, cases, folder, processes, started, tick)
+    looked = remembered(voxels_of_case, cases, folder, processes, progress, LOOKING)
     return sorted_out([looked[c.files].of(c) for c in cases], stacked=False)
 
 
-def look_at_case(candidate: Candidate) -> Finding:
+def voxels_of_case(candidate: Candidate) -> Finding:
     """Shape and content of a preprocessed case, or why it cannot be used; never raises for a bad file."""
     return looked_at(candidate, _voxels)
 
 
-def look_at_header(candidate: Candidate) -> Finding:
+def header_of_case(candidate: Candidate) -> Finding:
     """The same without the voxels."""
     return looked_at(candidate, lambda c: {"shape": _opened(c).shape})
 
