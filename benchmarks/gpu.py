@@ -30,6 +30,7 @@ from nnunetv2_cva.files import read_json, write_json  # noqa: E402
 
 RESULTS, LOG, PARTIAL = "gpu.json", "gpu.log", "item.json"
 GRACE = 3.0  # seconds between being asked to end and being killed
+SLOWER = {"cuda": 1, "cpu": 4}  # how much longer than on a GPU an item may take
 
 
 def load(out: Path, device: str) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def measure(out: Path, device: str, minutes: float, only: list[str]) -> None:
                 print(f"{item.name}: not begun, {left:.0f} s are left and it needs {item.least}", flush=True)
                 continue
             known = results["items"].get(item.name, {}).get("found", {})
-            state, error, seconds = attempt(item, known, out, device, min(left, item.limit), log)
+            state, error, seconds = attempt(item, known, out, device, min(left, SLOWER[device] * item.limit), log)
             collect(out, results, state, error, seconds)
             print(f"{item.name}: {state} after {seconds:.0f} s", flush=True)
 
