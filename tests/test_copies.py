@@ -1,12 +1,17 @@
 """Copies to a GPU beside its computation, on streams that are made up: whatever runs first, every step sees its own batch."""
 
 import random
+import time
 from collections import deque
 
 import numpy as np
 import pytest
+import torch
+from helpers.cases import texture, write_case
 
+from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.copies import COPIED, DeviceBatches
+from nnunetv2_cva.views.loader import Batches, Cases, PairDataset, make_loader
 
 
 class Machine:
@@ -140,3 +145,45 @@ def test_the_rest_is_the_loaders():
     assert loader.waited == 0.0
     batches.close()
     assert loader.closed
+
+
+class Late:
+    """Copies as late as it may: when somebody waits for them."""
+
+    def room(self, like):
+        return torch.zeros_like(like)
+
+    def now(self):
+        return None
+
+    def copy(self, pairs, after):
+        return Waiting(pairs)
+
+    def hold(self, copied):
+        pass
+
+
+class Waiting:
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def synchronize(self):
+        for destination, source in self.pairs:
+            destination.copy_(source)
+        self.pairs = []
+
+
+def test_the_loaders_processes_do_not_write_over_a_batch_that_is_being_copied(tmp_path):
+    """They write ahead into memory that they share, batch after batch into the same."""
+    for key in "abc":
+        write_case(tmp_path, key, texture((20, 24, 22), seed=ord(key)))
+    cases, config = Cases(tmp_path, list("abc")), CVAConfig(rotation_p=0.0, scale_p=0.0)
+    dataset = PairDataset(cases, list("abc"), (12, 16, 10), config, 2, (0, 2), 0)
+    batches = DeviceBatches(Batches(make_loader(dataset, 0, 12, 1, 2)[0]), Late())
+    for number in range(12):
+        found = next(batches)
+        time.sleep(0.02)
+        batches._copied.synchronize()
+        expected = dataset[number]
+        assert all(torch.equal(found[name], expected[name]) for name in COPIED)
+    batches.close()

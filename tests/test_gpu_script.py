@@ -35,7 +35,7 @@ def gpu(monkeypatch, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(ITEM.format(benchmarks=str(BENCHMARKS))))
     monkeypatch.setattr(module, "__file__", str(program))
-    monkeypatch.setattr(module, "ITEMS", tuple(module.Item(n, 0, 4, None) for n in ("broken", "slow", "quick")))
+    monkeypatch.setattr(module, "ITEMS", tuple(module.Item(n, 0, 1, None) for n in ("broken", "slow", "quick")))
     monkeypatch.setattr(module, "GRACE", 1.0)
     yield module
     for name in ("gpu", "gpu_items", "gpu_tables", "gpu_report"):
