@@ -121,24 +121,31 @@ def augmentation(device: str, report: Report) -> None:
 
 def data(device: str, report: Report) -> None:
     """A training's own measurement (``bench``) with more and more loader processes; the copy on the computation's stream."""
-    import torch
     from made import made_training
-
-    from nnunetv2_cva.training.bench import bench_trainer, measure
 
     cuda = device == "cuda"
     counts = (4, 8, 15) if cuda else (1, 2)
     with tempfile.TemporaryDirectory() as folder:
-        recipe, plans, dataset_json = made_training(Path(folder), "resencl_128" if cuda else "tiny", 16 if cuda else 4)
-        for workers, own_stream in [*((n, True) for n in counts), (counts[1], False)]:
-            os.environ["nnUNet_n_proc_DA"] = str(workers)
-            with bench_trainer(recipe, plans, "3d_fullres_cva", dataset_json, torch.device(device)) as (trainer, said):
-                if not own_stream and hasattr(trainer.dataloader_train, "batches"):
-                    trainer.dataloader_train = trainer.dataloader_train.batches
-                found = measure(trainer, 15.0 if cuda else 2.0)
-            label = f"{workers} processes" + ("" if own_stream else ", copied on the computation's stream")
-            report(**{label: {**vars(found), "cases": plans["configurations"]["3d_fullres_cva"]["batch_size"]}})
-            report(said=[line for line in said if "Attention" in line or "First step" in line])
+        made = made_training(Path(folder), "resencl_128" if cuda else "tiny", 16 if cuda else 4)
+        for workers in counts:
+            report.once(f"{workers} processes", _speeds, made, device, workers, True)
+        report.once(f"{counts[1]} processes, copied on the computation's stream", _speeds, made, device, counts[1], False)
+
+
+def _speeds(made: tuple[type, dict, dict], device: str, workers: int, own_stream: bool) -> dict[str, Any]:
+    import torch
+
+    from nnunetv2_cva.training.bench import bench_trainer, measure
+
+    recipe, plans, dataset_json = made
+    os.environ["nnUNet_n_proc_DA"] = str(workers)
+    with bench_trainer(recipe, plans, "3d_fullres_cva", dataset_json, torch.device(device)) as trainer:
+        if not own_stream:
+            trainer.dataloader_train = getattr(trainer.dataloader_train, "batches", trainer.dataloader_train)
+        found = measure(trainer, 15.0 if device == "cuda" else 2.0)
+        lines = Path(trainer.log_file).read_text("utf-8").splitlines()
+    said = [line for line in lines if "Attention: " in line or "The first step" in line]
+    return {**vars(found), "cases": plans["configurations"]["3d_fullres_cva"]["batch_size"], "said": said}
 
 
 def training(device: str, report: Report) -> None:

@@ -157,7 +157,8 @@ def _data(found: dict[str, Any]) -> Iterator[str]:
     ]
     head = ["loader", "loader alone, cases/s", "device alone", "both", "data wait", "first step, s", "GB"]
     yield from _table("A training's data", head, rows)
-    yield from ("- " + line for line in found.get("said", []))
+    yield from (f"- {label}: {line}" for label, v in found.items() if isinstance(v, dict) for line in v["said"])
+    yield from (f"- {label}: {v}" for label, v in found.items() if isinstance(v, str))
 
 
 def _augmentation(found: dict[str, Any]) -> Iterator[str]:

@@ -46,7 +46,8 @@ class Reporting:
     """The demo's screen: every finished step is reported with its seconds, the pretraining with its epochs."""
 
     def __init__(self, folder: Path, report: Callable[..., None]) -> None:
-        self.current, self.seconds = "", {}
+        self.current = ""
+        self.seconds: dict[str, float] = {}
         self._workspace, self._report = Workspace(folder.resolve()), report
 
     def say(self, text: str) -> None:

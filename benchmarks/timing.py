@@ -28,7 +28,8 @@ class Times:
     """Seconds by part; on CUDA the device's, with a wait after every part."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.of = device, defaultdict(float)
+        self.device = device
+        self.of: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

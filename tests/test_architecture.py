@@ -11,6 +11,7 @@ PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
     {"files", "nnunet", "sizes", "seeding"},
+    {"settings", "installation"},
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
@@ -19,7 +20,7 @@ LAYERS = (
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-WITHOUT_NNUNET = {"files", "nnunet", "sizes", "config", "distributed", "seeding", "views", "model", "losses"}
+WITHOUT_NNUNET = set().union(*LAYERS[:4])
 
 
 def sources(*folders):
@@ -77,9 +78,9 @@ def prints(text):
 
 
 # Commands that still hold more than arguments and printing.
-NOT_YET_THIN = {"bench", "check", "demo", "doctor", "env", "export", "hook", "info", "trainers"}
+NOT_YET_THIN = {"check", "export", "info"}
 # Layers below commands whose messages still name options.
-NAMING_OPTIONS = {"transfer", "training", "demo", "config", "model"}
+NAMING_OPTIONS = {"transfer", "training", "model"} | {"demo", "installation"}  # these two show commands
 OTHER_PROGRAMS = {"-e", "--shm-size", "--ipc"}  # of pip and Docker
 OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 

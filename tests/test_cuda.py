@@ -184,7 +184,7 @@ def device_batches(folder, monkeypatch):
     make_project(folder, monkeypatch, cva={"epochs": 20})
     trainer = make_trainer(nnUNetTrainerCVA, device="cuda")
     trainer.initialize()
-    trainer._open_data()
+    trainer.open_data()
     return DeviceBatches(trainer.data.batches(0, 40), Lane(torch.device("cuda", torch.cuda.current_device())))
 
 

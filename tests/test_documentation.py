@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_cva.training.metrics import METRICS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
@@ -15,6 +17,12 @@ def test_links_lead_somewhere_and_nothing_waits_to_be_filled_in(document):
     links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
     assert [target for target in links if not (document.parent / target).exists()] == []
     assert re.findall(r"^[A-Z][A-Z_]{4,}$", text, re.MULTILINE) == [], "a placeholder"
+
+
+def test_the_readme_has_the_table_of_metrics():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [f"| `{m.name}` | {m.meaning} | {m.better} |" for m in METRICS.values()]
+    assert "\n".join(rows) in text
 
 
 def test_every_benchmark_is_described():

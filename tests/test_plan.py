@@ -25,11 +25,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.commands.trainers import recipes
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets import fingerprint, nnunet_plans, view_size
 from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
+from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.views.index import read_index
 
 ROOT = Path(__file__).parents[1]

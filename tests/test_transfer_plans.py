@@ -12,7 +12,7 @@ from helpers.images import labelled_dataset, nnunet_folders, write_several
 from helpers.targets import call, pretraining, stock_checkpoint, target
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 
-from nnunetv2_cva.config import SUFFIX
+from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.transfer.adapt import match
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import same_plans
@@ -48,7 +48,7 @@ def pretrained(raw, preprocessed, tmp_path, *options):
     assert call("plan", "-d", SOURCE, "--target", 5, "-np", 1, *options) == 0
     (file,) = (preprocessed / SOURCE).glob("nnUNetPlans*.json")
     plans, dataset_json = (json.loads(f.read_text()) for f in (file, preprocessed / SOURCE / "dataset.json"))
-    pretraining(tmp_path / "c.pth", Target(plans, "3d_fullres" + SUFFIX, dataset_json, target().trainer))
+    pretraining(tmp_path / "c.pth", Target(plans, "3d_fullres" + PRETRAINING, dataset_json, target().trainer))
     return tmp_path / "c.pth"
 
 

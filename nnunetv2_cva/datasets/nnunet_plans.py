@@ -19,10 +19,10 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_cva.config import SUFFIX
 from nnunetv2_cva.datasets.findings import Finding
 from nnunetv2_cva.datasets.reading import ending_of, readers
 from nnunetv2_cva.files import read_object, write_json
+from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.nnunet import configuration as configuration_of
 
 DEFAULT_PLANNER = "nnUNetPlannerResEncL"
@@ -166,7 +166,7 @@ def add_pretraining(
     plans: dict[str, Any], configuration: str, view: Sequence[int], batch_size: int, block: dict[str, Any]
 ) -> str:
     """Add the configuration for pretraining; returns its name."""
-    name = configuration + SUFFIX
+    name = configuration + PRETRAINING
     plans["configurations"][name] = {
         "inherits_from": configuration,
         "patch_size": [int(n) for n in view],

@@ -85,8 +85,8 @@ def _chosen_view(
 
 
 def _chosen_batch(asked: int | None, usual: int, cases: int, config: CVAConfig) -> int:
-    """Cases per step, which are different cases; some are kept back for the probe pairs, as in a training on fold all."""
-    trained_on = cases - min(config.probe_cases, cases // 10)
+    """Cases per step, which are different cases; some are kept back for the watched pairs, as in a training on fold all."""
+    trained_on = cases - min(config.watched_cases, cases // 10)
     if asked is None:
         return min(usual, trained_on)
     if not 1 <= asked <= trained_on:

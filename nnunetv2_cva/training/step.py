@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.checkpoint import Run
-from nnunetv2_cva.training.objective import Prepared, objective
+from nnunetv2_cva.training.objective import Objective, Prepared, objective
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TrainingStep:
     ``student``: the run's student as it is called, wrapped where there are several GPUs. ``cases``: of every rank's part of a
     step. ``compiled``: both branches under ``torch.compile``; ``say`` gets a line with the seconds that the first step took. When
     that step fails, forward or backward, the line says why and the step is done again without; running out of GPU memory is not
-    the compiler's fault and is raised. ``attention``: what forward and backward run in.
+    the compiler's fault and is raised. ``compute``: the recipe's objective. ``attention``: what forward and
+    backward run in.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class TrainingStep:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
+        compute: Objective = objective,
         attention: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
+        self.compute = compute
         self.run, self.config, self.cases, self.autocast, self.say = run, config, cases, autocast, say
         self.attention = attention
         self._plain = _Branches(student, run.teacher)
@@ -68,7 +71,7 @@ class TrainingStep:
             # The teacher first: it keeps nothing for a backward pass, so its peak does not add to the student's.
             teacher = {} if self._branches.teacher is None else self._branches.teacher(batch.views, batch.rois)
             student = self._branches.student(batch.visible, batch.mask, batch.rois)
-        losses = objective(student, teacher, batch, self.config, self.cases)
+        losses = self.compute(student, teacher, batch, self.config, self.cases)
         scaler = self.run.scaler
         (losses["total"] if scaler is None else scaler.scale(losses["total"])).backward()
         return losses

@@ -47,7 +47,7 @@ class TowerBackbone(nn.Module):
         entrance=("body.0.0",),
         averaged={"body": "body"},
     )
-    output = "last"
+    output: str | None = "last"
     fits_any_target = True
 
     def __init__(self, network, config):

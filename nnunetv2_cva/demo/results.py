@@ -7,14 +7,9 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva.demo.workspace import CONFIGURATION, DATASET, DATASET_ID, PLANS, PRETRAINED, RECIPE, SCRATCH, Workspace
+from nnunetv2_cva.training.metrics import METRICS
 
-MEANINGS = {
-    "alignment": "mean cosine of corresponding bins, student and teacher",
-    "retrieval": "how often the corresponding bin is the most similar one",
-    "feature_alignment": "the same cosine, of the encoder features that fine-tuning gets",
-    "feature_retrieval": "the same retrieval, by these features",
-    "effective_rank": "of these features; near 1: collapsed",
-}
+SHOWN = ("alignment", "retrieval", "feature_alignment", "feature_retrieval", "effective_rank")
 
 
 def dice_table(dice: dict[str, dict[str, list[float]]]) -> str:
@@ -35,9 +30,10 @@ def _means(values: np.ndarray) -> np.ndarray:
 
 
 def features_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """The metrics of the probe pairs before and after the pretraining."""
+    """The metrics of the watched pairs before and after the pretraining."""
+    shown = {key: METRICS[key].meaning for key in SHOWN if key in after}
     lines = [f"{'Features':<20}{'before':>9}{'after':>9}   pretraining, on cases that it was not trained on"]
-    lines += [f"{key:<20}{before[key]:>9.3f}{after[key]:>9.3f}   {text}" for key, text in MEANINGS.items() if key in after]
+    lines += [f"{key:<20}{before[key]:>9.3f}{after[key]:>9.3f}   {text}" for key, text in shown.items()]
     return "\n".join(lines)
 
 
@@ -49,7 +45,7 @@ What it does not say: how much pretraining will gain on your data. This is one s
 generator that also made the pretraining images, and training some hundred times shorter than in earnest: which small
 structures have been told apart by then decides, and one that is not counts 0. Four such comparisons with the same data
 were 0.26, 0.20 and 0.02 worse and 0.06 better than from scratch: at this budget, on these images, pretraining does not
-pay. Repeat with other seeds (--seed) and longer training before you read more into it."""
+pay. Repeat with another seed and longer training before you read more into it."""
 
 
 def predict_command() -> str:

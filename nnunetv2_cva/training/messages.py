@@ -12,8 +12,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student
+from nnunetv2_cva.nnunet import fine_tuned
 from nnunetv2_cva.sizes import by
-from nnunetv2_cva.training.probe import criterion
+from nnunetv2_cva.training.metrics import METRICS, is_loss
+from nnunetv2_cva.training.watching import criterion
 
 PROGRESS_SECONDS = 60.0
 
@@ -40,12 +42,13 @@ def opening(
     """What a step of ``cases`` costs, what chooses the best checkpoint, all settings."""
     views = 2 * cases if config.needs_second_view else cases
     encoder = " and as many through the teacher's encoder"
+    best = criterion(config)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     lines = [
         f"Each step: {cases} cases, {views} views of {by(view)} voxels through the student"
         f"{encoder if teacher else ''} (patch_size and batch_size of the "
         f"plans). {trained / 1e6:.1f} M parameters are trained, precision {str(dtype or torch.float32).removeprefix('torch.')}.",
-        f"The best checkpoint is the one with the {criterion(config)[2]}.",
+        f"The best checkpoint is the one with the {'highest' if best.sign > 0 else 'lowest'} {best.name}: {best.meaning}.",
         f"Settings of the method: {config.as_dict()}",
     ]
     if config.warmup_epochs >= config.epochs:
@@ -58,30 +61,28 @@ def opening(
 
 def metrics(record: dict[str, Any]) -> list[str]:
     """Names of an epoch's metrics, losses first."""
-    losses = [k for k in record if k.endswith("_loss")]
-    return losses + [k for k in record if k not in losses and k not in ("epoch", "seconds")]
+    losses = [k for k in record if is_loss(k)]
+    return losses + [k for k in METRICS if k in record and k not in losses]
 
 
 def epoch(record: dict[str, Any], note: str) -> list[str]:
     """A line of losses, a line of everything else, and the time."""
     names = metrics(record)
     return [
-        "  " + ", ".join(f"{k} {record[k]:.4f}" for k in names if k.endswith("_loss")),
-        "  " + ", ".join(f"{k} {record[k]:.4g}" for k in names if not k.endswith("_loss")),
+        "  " + ", ".join(f"{k} {record[k]:.4f}" for k in names if is_loss(k)),
+        "  " + ", ".join(f"{k} {record[k]:.4g}" for k in names if not is_loss(k)),
         f"  {record['seconds']:.1f} s" + (f", {note}" if note else ""),
     ]
 
 
 def closing(plans: dict[str, Any], configuration: str, student: Student, backbone: type[nnUNetTrainer], weights: str) -> str:
-    """The exact commands for fine-tuning from the file ``weights``, in the configuration that this one inherits from: the
+    """The exact commands for fine-tuning from the file ``weights``, in the configuration that this one was made from: the
     datasets to fine-tune have that one.
 
     nnU-Net's loader takes a U-Net's checkpoint as it is for any dataset with these plans. A Primus has tensors whose shape
     follows from the view and from the number of classes: its weights are made for the target first.
     """
-    configurations, name = plans["configurations"], configuration
-    while "inherits_from" in configurations[name]:
-        name = configurations[name]["inherits_from"]
+    name = fine_tuned(plans, configuration)
     trainer = "" if backbone is nnUNetTrainer else f" -tr {backbone.__name__}"
     how, weights = f"{name} FOLD -p {plans['plans_name']}{trainer}", shlex.quote(weights)
     export = f"nnUNetv2_cva export {weights} -d DATASET -c {name} -p {plans['plans_name']}{trainer} -o weights.pth"
