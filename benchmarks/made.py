@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Any
 
 from nnunetv2_cva.demo.flow import play
-
 from nnunetv2_cva.demo.pipeline import Size, history
 from nnunetv2_cva.demo.workspace import RECORD, Workspace
 from nnunetv2_cva.files import read_object
@@ -26,9 +25,8 @@ def made_training(folder: Path, preset: str, count: int) -> tuple[type, dict[str
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir(exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
-
     from nnunetv2_cva.datasets.plan import from_preset
+    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
 
     plans = {**from_preset(preset), "dataset_name": NAME}
     recipe = plans["preset"]["recipe"]
