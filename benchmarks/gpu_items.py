@@ -86,14 +86,18 @@ def _product_rate(device: Any, edge: int) -> float:
 
 def correct(device: str, report: Report) -> None:
     """The GPU's tests; on a CPU those of them that need no GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", "-rfEs"]
-    environment = {**os.environ, "CVA_TEST_DEVICE": device, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", "-rs"]
     command += ["tests/test_cuda.py", "tests/test_augment.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    lines = done.stdout.strip().splitlines() or ["nothing was printed"]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    report(summary=re.sub(r"[= ]+$|^[= ]+", "", lines[-1]), failed=failed, code=done.returncode)
+    environment = {**os.environ, "CVA_TEST_DEVICE": device}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    counts, failed = dict.fromkeys(("PASSED", "SKIPPED", "FAILED", "ERROR"), 0), []
+    for line in process.stdout or ():
+        print(line, end="", flush=True)
+        if match := re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line):
+            counts[match[2]] += 1
+            failed += [match[1]] if match[2] in ("FAILED", "ERROR") else []
+            report(summary=", ".join(f"{n} {what.lower()}" for what, n in counts.items() if n), failed=failed)
+    report(code=process.wait())
 
 
 # ---- data and a training

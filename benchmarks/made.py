@@ -25,8 +25,9 @@ def made_training(folder: Path, preset: str, count: int) -> tuple[type, dict[str
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir(exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    from nnunetv2_cva.datasets.plan import from_preset
     from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_Primus
+
+    from nnunetv2_cva.datasets.nnunet_plans import from_preset
 
     plans = {**from_preset(preset), "dataset_name": NAME}
     recipe = plans["preset"]["recipe"]
