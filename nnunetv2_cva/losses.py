@@ -27,7 +27,7 @@ _BLOCK = 2**23
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, voxel_mask: Tensor | None, inside: Tensor) -> Tensor:
-    """Huber loss (delta 1), mean over the channels of the hidden voxels inside the case (DESIGN, section 1).
+    """Huber loss (delta 1), mean over the channels of the hidden voxels inside the case.
 
     Args:
         prediction, target: (N, C, I, J, K).
@@ -97,7 +97,7 @@ def consistency_gram(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def nt_xent(student: Tensor, teacher: Tensor, temperature: float, cases: Sequence[int] | None = None) -> Tensor:
-    """NT-Xent of image vectors (2, B, D), over the cases of all ranks (paper, contrastive loss; DESIGN, section 1).
+    """NT-Xent of image vectors (2, B, D), over the cases of all ranks (paper, contrastive loss).
 
     All 4B L2-normalised vectors are anchors. Positive: the other branch's vector of the other view of the case. The
     case's two remaining vectors are left out; negatives are the vectors of all other cases. Cross-entropy over

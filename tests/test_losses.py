@@ -136,7 +136,7 @@ def test_gram_keeps_its_precision_when_the_branches_agree(shape, closeness):
 
 
 def slow_nt_xent(student, teacher, temperature):
-    """DESIGN, section 1: vectors are named (branch, view, item)."""
+    """Vectors are named (branch, view, item)."""
     vectors = {}
     for branch, tensor in enumerate((student, teacher.detach())):
         for view in range(2):

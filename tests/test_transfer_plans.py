@@ -14,8 +14,8 @@ from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datas
 
 from nnunetv2_cva.config import SUFFIX
 from nnunetv2_cva.transfer.adapt import match
-from nnunetv2_cva.transfer.hints import same_plans
 from nnunetv2_cva.transfer.read import read
+from nnunetv2_cva.transfer.table import same_plans
 from nnunetv2_cva.transfer.target import Target, find_target
 
 SOURCE, NAME = "Dataset100_Tiny", "Dataset004_Other"

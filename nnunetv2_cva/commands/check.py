@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunetv2_cva.commands.export import add_source_arguments, add_target_arguments, describe, matched
+from nnunetv2_cva.commands.export import add_source_arguments, add_target_arguments, advised, place_of, weights_of
 
 HELP = "Say whether and how the weights of a file fit a target; exit code 0: they do, 1: not well, 2: an error."
 
@@ -17,19 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of ``export`` and a verdict."""
-    from nnunetv2_cva.transfer.adapt import stock_obstacle
-    from nnunetv2_cva.transfer.read import read
+    from nnunetv2_cva.transfer.export import check
 
-    source = read(args.weights, args.branch, args.trust)
-    target = describe(args, source)
-    network, transfer, _ = matched(args, source, target)
-    reason = transfer.refusal()
-    if reason is not None:
-        print(f"\nDoes not fit: {reason}.")
+    with advised():
+        found = check(weights_of(args), place_of(args))
+    print("\n".join(found.lines))
+    if found.refusal is not None:
+        print(f"\nDoes not fit: {found.refusal}.")
         return 1
-    obstacle = stock_obstacle(source, network)
-    if obstacle is None:
+    if found.obstacle is None:
         print("\nFits: nnU-Net's -pretrained_weights takes this file as it is.")
     else:
-        print(f"\nFits after `nnUNetv2_cva export`; nnU-Net's own loader would refuse the file: {obstacle}.")
+        print(f"\nFits after `nnUNetv2_cva export`; nnU-Net's own loader would refuse the file: {found.obstacle}.")
     return 0

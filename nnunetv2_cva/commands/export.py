@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from nnunetv2_cva.transfer.adapt import Transfer
-    from nnunetv2_cva.transfer.read import Source
-    from nnunetv2_cva.transfer.target import Target
+    from nnunetv2_cva.transfer.export import Place, Weights
 
 PLANS, TRAINER = "nnUNetPlans", "nnUNetTrainer"
+ADVICE = {
+    "trust": "If you trust where the file comes from, pass --trust.",
+    "source_view": "Pass it, for example --source-patch-size 128 160 96.",
+}
 HELP = "Write the weights of any checkpoint so that they fit a target of nnU-Net (or in the nnssl format)."
 
 
@@ -64,62 +66,56 @@ def add_target_arguments(parser: argparse.ArgumentParser, required: bool) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the file, check it; nothing is written when anything is wrong."""
-    from nnunetv2_cva.transfer.read import read
-    from nnunetv2_cva.transfer.saving import check_writable
-
     if args.format == "nnssl":
         _refuse_target(args)
     elif args.d is None or args.c is None:
         raise ValueError("-d and -c are needed: the file is made for a target. Only --format nnssl has none.")
-    source = read(args.weights, args.branch, args.trust)
-    check_writable(args.o, source.path)  # before the target, whose trainer is looked up for 10 s
-    return _export_nnssl(args, source) if args.format == "nnssl" else _export_nnunet(args, source)
+    from nnunetv2_cva.transfer.export import Output, export, export_for_nnssl
 
-
-def _export_nnunet(args: argparse.Namespace, source: Source) -> int:
-    target = describe(args, source)
-    network, transfer, hint = matched(args, source, target)
-    reason = transfer.refusal()
-    if reason is not None and not args.allow_partial:
-        raise ValueError(f"{reason}. {f'{hint}. ' if hint else ''}Nothing was written; --allow-partial writes it all the same.")
-    if args.dry_run:
+    output = Output(args.o, args.allow_partial, args.dry_run, args.licence)
+    with advised():
+        weights = weights_of(args)
+        found = export_for_nnssl(weights, output) if args.format == "nnssl" else export(weights, place_of(args), output)
+    print("\n".join(found.lines))
+    if found.refusal is not None:
+        raise ValueError(f"{found.refusal} Nothing was written; --allow-partial writes it all the same.")
+    if not found.written:
         print(f"\nDry run: {args.o} was not written.")
-        return 0
-    from nnunetv2_cva.transfer.adapt import fill
-    from nnunetv2_cva.transfer.write import write_for_nnunet
-
-    fill(network, transfer)
-    write_for_nnunet(args.o, network, transfer, target, args.licence)
-    trainer = "" if args.tr in (None, TRAINER) else f" -tr {args.tr}"
-    print(f"\nWrote {args.o}; nnU-Net's loader takes it and every tensor is the same under every name. To use it:")
-    print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p or PLANS}{trainer} -pretrained_weights {args.o}")
+    elif found.plan is not None:
+        name = found.plan["architecture_plans"]["arch_class_name"]
+        print(f"\nWrote {args.o} as {name}; it opens with weights_only=True, and encoder")
+        print(f"({found.plan['key_to_encoder']}) and stem ({found.plan['key_to_stem']}) load strictly.")
+    else:
+        trainer = "" if args.tr in (None, TRAINER) else f" -tr {args.tr}"
+        print(f"\nWrote {args.o}; nnU-Net's loader takes it and every tensor is the same under every name. To use it:")
+        print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p or PLANS}{trainer} -pretrained_weights {args.o}")
     return 0
 
 
-def describe(args: argparse.Namespace, source: Source) -> Target:
-    """Find the target, and print which weights go where."""
-    from nnunetv2_cva.transfer.target import find_target
+def weights_of(args: argparse.Namespace) -> Weights:
+    """What ``add_source_arguments`` has asked for."""
+    from nnunetv2_cva.transfer.export import Weights
 
-    target = find_target(args.d, args.c, args.p or PLANS, args.tr or TRAINER)
-    print(f"Weights: {source.path} ({source.kind}, {source.layout})")
-    print(f"Target:  {target.label}\n")
-    return target
+    return Weights(args.weights, args.branch, args.decoder, args.trust)
 
 
-def matched(args: argparse.Namespace, source: Source, target: Target) -> tuple[nn.Module, Transfer, str | None]:
-    """The target's network, the transfer, and what to run where the plans differ; printed with what differs between the data."""
-    from nnunetv2_cva.transfer.adapt import match
-    from nnunetv2_cva.transfer.hints import same_plans
-    from nnunetv2_cva.transfer.table import data_warnings, table
+def place_of(args: argparse.Namespace) -> Place:
+    """What ``add_target_arguments`` has asked for."""
+    from nnunetv2_cva.transfer.export import Place
 
-    network = target.build()
     view = tuple(args.source_patch_size) if args.source_patch_size else None
-    transfer = match(source, network, target.view, args.decoder, view)
-    hint = same_plans(transfer, target)
-    print("\n".join([*table(transfer), *([f"Note: {hint}."] if hint else [])]))
-    for warning in data_warnings(source.card, target.settings, target.dataset_json):
-        print(f"Warning: {warning}.")
-    return network, transfer, hint
+    return Place(args.d, args.c, args.p or PLANS, args.tr or TRAINER, view)
+
+
+@contextlib.contextmanager
+def advised() -> Iterator[None]:
+    """Errors that an option would avoid say which one."""
+    from nnunetv2_cva.transfer.weights import NeedsOption
+
+    try:
+        yield
+    except NeedsOption as e:
+        raise ValueError(f"{e} {ADVICE[e.option]}") from None
 
 
 def _refuse_target(args: argparse.Namespace) -> None:
@@ -138,22 +134,3 @@ def _refuse_target(args: argparse.Namespace) -> None:
             f"--format nnssl describes the pretraining itself, not a target: leave out {', '.join(given)}. Its consumers adapt "
             "the weights to their targets."
         )
-
-
-def _export_nnssl(args: argparse.Namespace, source: Source) -> int:
-    from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
-    from nnunetv2_cva.transfer.table import table
-
-    target = own_target(source)
-    network, transfer = filled_with_itself(source, target, args.decoder)
-    print(f"Weights: {source.path} ({source.kind}, {source.layout})")
-    print(f"Network: {target.label}\n")
-    print("\n".join(table(transfer)))
-    plan = adaptation_plan(network, target, transfer.target.channels)
-    if args.dry_run:
-        print(f"\nDry run: {args.o} was not written.")
-        return 0
-    write_for_nnssl(args.o, network, transfer, target, args.licence)
-    print(f"\nWrote {args.o} as {plan['architecture_plans']['arch_class_name']}; it opens with weights_only=True, and encoder")
-    print(f"({plan['key_to_encoder']}) and stem ({plan['key_to_stem']}) load strictly.")
-    return 0

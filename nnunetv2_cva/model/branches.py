@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.model.backbone import Backbone
 from nnunetv2_cva.model.heads import Predictor, Projector
 from nnunetv2_cva.model.primus import PrimusBackbone
 from nnunetv2_cva.model.roi_align import roi_align_3d
 from nnunetv2_cva.model.taps import Tap
 from nnunetv2_cva.model.unet import UNetBackbone
 
-Backbone: TypeAlias = UNetBackbone | PrimusBackbone
-
 
 def make_backbone(network: nn.Module, config: CVAConfig) -> Backbone:
     """The student's backbone for a network that nnU-Net built.
 
     Raises:
-        ValueError: the network is of no supported family; says which taps it lacks.
+        ValueError: the network is of no supported family; says what it has and what would be needed.
     """
+    return backbone_class(network)(network, config)
+
+
+def backbone_class(network: nn.Module) -> type[UNetBackbone] | type[PrimusBackbone]:
+    """Raises ValueError for a network of another kind than nnU-Net's."""
     if hasattr(network, "eva") and hasattr(network, "down_projection"):
-        return PrimusBackbone(network, config)
-    if hasattr(network, "encoder") and hasattr(network, "decoder"):
-        return UNetBackbone(network, config)
+        return PrimusBackbone
+    if hasattr(network, "encoder") and all(hasattr(getattr(network, "decoder", None), n) for n in ("stages", "seg_layers")):
+        return UNetBackbone
+    found = ", ".join(name for name, _ in network.named_children()) or "no submodules"
     raise ValueError(
-        f"{type(network).__name__} is not supported: expected a U-Net with `encoder.stages` (its taps) and `decoder`, "
-        "or a Primus with `down_projection` and `eva` (its tokens are the tap), found "
-        f"{', '.join(name for name, _ in network.named_children()) or 'no submodules'}."
+        f"{type(network).__name__} is not supported: expected a U-Net with `encoder.stages` (its taps) and a `decoder` with "
+        f"`stages` and `seg_layers`, or a Primus with `down_projection` and `eva` (its tokens are the tap), found {found}. For "
+        "another network a recipe names its `backbone` (docs/recipes.md)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Projector and predictor: the MLPs behind the backbone, and the normalisation in them (DESIGN, section 1)."""
+"""Projector and predictor: the MLPs behind the backbone, and the normalisation in them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
-from nnunetv2_cva.model.taps import Tap, by, check_divisible, check_visible, token_tap
+from nnunetv2_cva.model.families import PRIMUS_V1, PRIMUS_V2_V3
+from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, token_tap
+from nnunetv2_cva.sizes import by
 
 FEATURE_HEADS = 16
 HEAD_DEPTH = 2
@@ -42,12 +45,14 @@ class PrimusBackbone(nn.Module):
     """
 
     fits_any_target = False  # a position for every token, a decoder for every class
+    output: str | None = None  # the patch decoder is a head
 
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
         self.network = network
         eva = network.eva
-        self.taps: tuple[Tap, ...] = (token_tap(network.down_projection, eva.embed_dim),)
+        self.taps = self.taps_of(network)
+        self.family: Family = PRIMUS_V1 if hasattr(network.down_projection, "proj") else PRIMUS_V2_V3
         self.image_channels: int = eva.embed_dim
         self.block = self.taps[0].stride
         self.reconstructs = config.reconstruction_weight > 0
@@ -83,6 +88,11 @@ class PrimusBackbone(nn.Module):
         if hasattr(tokenizer, "stages"):  # at full resolution: they hold more than all blocks together
             yield from (tokenizer.stem, *tokenizer.stages)
 
+    @staticmethod
+    def taps_of(network: Any) -> tuple[Tap, ...]:
+        """The tokens."""
+        return (token_tap(network.down_projection, network.eva.embed_dim),)
+
     def check_view(self, size: tuple[int, int, int]) -> None:
         """Raise ValueError unless the view is the grid of whole tokens that the network was built for."""
         check_divisible(size, self.block)
@@ -98,12 +108,8 @@ class PrimusBackbone(nn.Module):
 
     def averaged(self) -> dict[str, nn.Module]:
         """The modules that the teacher has its own copy of."""
-        modules = {"tokenizer": self.network.down_projection, "eva": self.network.eva}
-        if self.network.register_tokens is not None:
-            modules["registers"] = nn.ParameterList([self.network.register_tokens])
-        if self.pooling is not None:
-            modules["pooling"] = self.pooling
-        return modules
+        own = {} if self.pooling is None else {"pooling": self.pooling}
+        return {**self.family.modules(self.network), **own}
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that belong to the heads and not to the network: trained, not exported, only pooling is averaged."""

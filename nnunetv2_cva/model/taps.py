@@ -24,6 +24,8 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD, 
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU, StackedConvBlocks
 from torch import nn
 
+from nnunetv2_cva.sizes import by
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -35,6 +37,7 @@ class Tap:
     offset: tuple[float, float, float]
 
 
+IMAGE = Tap(0, (1, 1, 1), (0.0, 0.0, 0.0))  # every voxel is where it is
 _POOLS = (nn.AvgPool3d, nn.MaxPool3d)
 _POINTWISE = (
     nn.Identity,
@@ -64,12 +67,12 @@ def unet_taps(encoder: nn.Module) -> tuple[Tap, ...]:
             f"{type(encoder).__name__} has no taps: expected an encoder with `stages` and `output_channels`, as the "
             "PlainConvUNet and ResidualEncoderUNet of dynamic_network_architectures have."
         )
-    place = Tap(0, (1, 1, 1), (0.0, 0.0, 0.0))
+    place = IMAGE
     if getattr(encoder, "stem", None) is not None:
-        place = _through(encoder.stem, place)
+        place = behind(encoder.stem, place)
     taps = []
     for stage, channels in zip(stages, channels_per_stage, strict=True):
-        place = _through(stage, place)
+        place = behind(stage, place)
         taps.append(replace(place, channels=channels))
     return tuple(taps)
 
@@ -82,7 +85,7 @@ def token_tap(tokenizer: nn.Module, channels: int) -> Tap:
     Raises:
         ValueError: a tokenizer whose cells cannot be located; names what it holds.
     """
-    return replace(_through(tokenizer, Tap(0, (1, 1, 1), (0.0, 0.0, 0.0))), channels=channels)
+    return replace(behind(tokenizer), channels=channels)
 
 
 def check_divisible(size: tuple[int, ...], strides: tuple[int, ...]) -> None:
@@ -105,17 +108,16 @@ def check_visible(size: tuple[int, ...], block: tuple[int, ...], ratio: float, w
         )
 
 
-def by(size: Iterable[int]) -> str:
-    """The size as messages show it: 160x160x160."""
-    return "x".join(map(str, size))
+def behind(module: Any, place: Tap = IMAGE) -> Tap:
+    """Where the cells of ``module``'s output are, when those of its input are at ``place``; its channels are still to be stated.
 
-
-def _through(module: Any, place: Tap) -> Tap:
-    """Where the cells of ``module``'s output are, when those of its input are at ``place``."""
+    Raises:
+        ValueError: a module whose cells cannot be located; names it.
+    """
     if isinstance(module, (nn.Conv3d, *_POOLS)):
         return _window(module, place)
     if isinstance(module, ConvDropoutNormReLU):
-        return _through(module.conv, place)
+        return behind(module.conv, place)
     if isinstance(module, StackedConvBlocks):
         return _chain(module.convs, place)
     if isinstance(module, StackedResidualBlocks):
@@ -123,12 +125,12 @@ def _through(module: Any, place: Tap) -> Tap:
     if isinstance(module, (BasicBlockD, BottleneckD)):
         convs = [module.conv1, module.conv2] + ([module.conv3] if isinstance(module, BottleneckD) else [])
         main = _chain(convs, place)
-        skip = _through(module.skip, place) if isinstance(module.skip, nn.Module) else place
+        skip = behind(module.skip, place) if isinstance(module.skip, nn.Module) else place
         assert main.stride == skip.stride
         i, j, k = ((a + b) / 2 for a, b in zip(main.offset, skip.offset))
         return replace(main, offset=(i, j, k))
     if isinstance(module, PatchEmbed):
-        return _through(module.proj, place)
+        return behind(module.proj, place)
     if isinstance(module, (PatchEmbed_deeper, PatchEmbedDeeperControlled)):
         return _chain([module.stem, *module.stages, module.final_proj], place)
     if isinstance(module, nn.Sequential):
@@ -140,7 +142,7 @@ def _through(module: Any, place: Tap) -> Tap:
 
 def _chain(modules: Iterable[nn.Module], place: Tap) -> Tap:
     for module in modules:
-        place = _through(module, place)
+        place = behind(module, place)
     return place
 
 

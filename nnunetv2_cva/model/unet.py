@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
+from nnunetv2_cva.model.families import PLAIN, RESIDUAL
+from nnunetv2_cva.model.family import Family
 from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, image_vector, unet_taps
 
 
@@ -18,18 +20,25 @@ class UNetBackbone(nn.Module):
     ``network`` stays nnU-Net's own module, so its state dict is what fine-tuning loads. Parameters that no loss reads are frozen.
     """
 
-    fits_any_target = True  # no parameter that nnU-Net loads has a shape that depends on view or classes
+    fits_any_target = True
+    output: str | None = "decoder.seg_layers"
 
     def __init__(self, network: Any, config: CVAConfig) -> None:
         super().__init__()
         self.network = network
-        self.taps: tuple[Tap, ...] = unet_taps(network.encoder)
+        self.taps = self.taps_of(network)
+        self.family: Family = PLAIN if getattr(network.encoder, "stem", None) is None else RESIDUAL
         self.image_channels = sum(tap.channels for tap in self.taps)
         self.block = (config.mask_block,) * 3
         self.mask_ratio = config.mask_ratio
         self.reconstructs = config.reconstruction_weight > 0
         self._freeze_unread()
         recompute_in_backward([*network.encoder.stages, *network.decoder.stages], config.gradient_checkpointing)
+
+    @staticmethod
+    def taps_of(network: Any) -> tuple[Tap, ...]:
+        """Every stage of the encoder."""
+        return unet_taps(network.encoder)
 
     def check_view(self, size: tuple[int, int, int]) -> None:
         """Raise ValueError unless every stage halves the view without remainder and masking leaves something to see."""
@@ -38,7 +47,7 @@ class UNetBackbone(nn.Module):
 
     def averaged(self) -> dict[str, nn.Module]:
         """The modules that the teacher has its own copy of."""
-        return {"encoder": self.network.encoder}
+        return self.family.modules(self.network)
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that belong to the heads and not to the network: none."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nnunetv2_cva.model.taps import by
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.clock import Clock, make_clock
 from nnunetv2_cva.training.trainer import CVATrainer
 

@@ -12,8 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunetv2_cva.model.branches import Student, Teacher
-from nnunetv2_cva.transfer.opening import NeedsOption, opened
-from nnunetv2_cva.transfer.saving import save_whole
+from nnunetv2_cva.transfer.weights import NeedsOption, opened, save_whole
 
 # Of a configuration: with another value of these it is another run.
 DECISIVE = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture")

@@ -12,7 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student
-from nnunetv2_cva.model.taps import by
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.probe import criterion
 
 PROGRESS_SECONDS = 60.0

@@ -10,21 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_cva.transfer.opening import NeedsOption
-from nnunetv2_cva.transfer.parts import (
-    PRIMUS,
-    Layout,
-    Role,
-    by,
-    canonical,
-    decoder_stages,
-    differences,
-    is_input_layer,
-    layout_of,
-    part_of,
-)
+from nnunetv2_cva.model.families import layout_of
+from nnunetv2_cva.model.family import Layout, Names, Role
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.transfer.read import Source, same
 from nnunetv2_cva.transfer.resize import resized, token_grid
+from nnunetv2_cva.transfer.weights import NeedsOption
 
 Action = Literal["carried", "adapted", "fresh"]
 
@@ -42,6 +33,7 @@ class Row:
     how: str  # of what is adapted; why something is fresh
     parameters: int
     value: Tensor | None
+    enters: bool = False  # whether it reads the image
 
 
 @dataclass(frozen=True)
@@ -64,13 +56,13 @@ class Transfer:
 
     def refusal(self) -> str | None:
         """Why these weights should not go into this target, or None."""
-        entrance = tuple(r for r in self.rows if r.part == "tokenizer" or any(map(is_input_layer, r.keys)))
+        family = self.target.family
+        entrance = tuple(r for r in self.rows if r.part == family.first or r.enters)
         filled, first = self.share("carried", "adapted"), self.share("carried", "adapted", rows=entrance)
         if min(filled, first) >= ENOUGH:
             return None
-        layers = "input layers" if self.target.stages else "tokenizer"
-        what = f"only {filled:.0%} of the target's encoder" if filled < ENOUGH else f"only {first:.0%} of its {layers}"
-        causes = "; ".join(differences(self.source.layout, self.target)) or "the weights differ in shape or name"
+        what = f"only {filled:.0%} of the target's encoder" if filled < ENOUGH else f"only {first:.0%} of its {family.first}"
+        causes = "; ".join(self.source.layout.differences(self.target)) or "the weights differ in shape or name"
         return f"{self.source.path} fills {what} ({causes})"
 
 
@@ -90,32 +82,34 @@ def match(
         ValueError: another architecture family, a stale alias in the file, or a position embedding of unknown grid.
     """
     state = network.state_dict(keep_vars=True)
-    target = layout_of(state)
+    target = layout_of(state, source.layout.family)
     _check_family(source, target)
     chosen, reason = (decoder, "chosen") if decoder else source.decoder
     assert chosen in ("keep", "fresh")
     found = _Found(source)
     transposed = {id(m.weight) for m in network.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
     trained = {id(p) for p in network.parameters()}
-    stages = decoder_stages(state)
+    names = Names(target.family, state)
     rows, notes = [], []
-    for keys, tensor in _groups(state):
-        part, role = part_of(keys[0], stages)
-        value, how = found.take({canonical(k, stages) for k in keys}), ""
+    for keys, tensor in sorted(_groups(state), key=lambda group: names.order(group[0][0])):
+        part, role = names.part(keys[0])
+        enters = any(map(names.enters, keys))
+        value, how = found.take({names.canonical(k) for k in keys}), ""
         if role == "output":
             value, how = None, "always the target's own"
         elif role == "decoder" and chosen == "fresh":
             value, how = None, reason
         elif value is None:
             how = "not in the file"
-        elif part == "position embedding" and value.shape[2] == tensor.shape[2]:
-            grids, assumed = _grids(source, target, network, view, source_view)
+        elif target.family.position in keys and value.shape[2] == tensor.shape[2]:
+            grids, assumed = _grids(source, target, view, source_view)
             notes += assumed
             value, how = token_grid(value, *grids, registers=(source.layout.registers, target.registers))
         else:
-            value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, any(map(is_input_layer, keys)))
+            value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, enters)
         action: Action = "fresh" if value is None else "adapted" if how else "carried"
-        rows.append(Row(keys, part, role, action, how, tensor.numel() if id(tensor) in trained else 0, value))
+        parameters = tensor.numel() if id(tensor) in trained else 0
+        rows.append(Row(keys, part, role, action, how, parameters, value, enters))
     return Transfer(source, target, tuple(rows), chosen, reason, found.unused(), tuple(notes))
 
 
@@ -139,12 +133,12 @@ def stock_obstacle(source: Source, network: nn.Module) -> str | None:
     if source.obstacle is not None:
         return source.obstacle
     for key, tensor in network.state_dict().items():
-        if ".seg_layers." in key:
+        if ".seg_layers." in key:  # nnU-Net's loader asks for everything else
             continue
         if key not in source.weights:
             return f"{key} is missing"
         if source.weights[key].shape != tensor.shape:
-            return f"{key} has shape {by(tuple(source.weights[key].shape))}, the target's {by(tuple(tensor.shape))}"
+            return f"{key} has shape {by(source.weights[key].shape)}, the target's {by(tensor.shape)}"
     return None
 
 
@@ -162,13 +156,13 @@ class _Found:
 
     def __init__(self, source: Source) -> None:
         self.path = source.path
-        stages = decoder_stages(source.weights)
+        names = Names(source.layout.family, source.weights)
         self.named: dict[str, list[tuple[str, Tensor]]] = {}
         self.sizes: dict[str, tuple[str, int]] = {}
         for key, value in source.weights.items():
-            name = canonical(key, stages)
+            name = names.canonical(key)
             self.named.setdefault(name, []).append((key, value))
-            part, role = part_of(name, stages)
+            part, role = names.part(key)
             if role == "encoder" and ".all_modules." not in name:
                 self.sizes[name] = part, value.numel()
 
@@ -200,17 +194,17 @@ class _Found:
 
 
 def _check_family(source: Source, target: Layout) -> None:
-    family = source.layout.family
-    if family != target.family and not (family in PRIMUS and target.family in PRIMUS):
-        raise ValueError(f"{source.path} holds a {family}, the target is a {target.family}: nothing of one fits into the other.")
+    ours, theirs = source.layout.family, target.family
+    if ours != theirs and not (ours.kin and ours.kin == theirs.kin):
+        raise ValueError(f"{source.path} holds a {ours.name}, the target is a {theirs.name}: nothing of one fits into the other.")
 
 
 def _grids(
-    source: Source, target: Layout, network: nn.Module, view: tuple[int, ...], given: tuple[int, ...] | None
+    source: Source, target: Layout, view: tuple[int, ...], given: tuple[int, ...] | None
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[str]]:
     """The grids of tokens that the position embeddings of file and target belong to; and what was assumed about them."""
-    rope = getattr(network.eva, "rope", None)
-    there = tuple(rope.feat_shape) if rope is not None else tuple(n // s for n, s in zip(view, target.token_size, strict=True))
+    there = tuple(n // s for n, s in zip(view, target.token_size, strict=True))
+    assert math.prod(there) == target.tokens, "the network was built for this view"
     tokens = source.layout.tokens
     for size in (given, source.view):
         if size is None or len(size) != 3:
@@ -226,7 +220,5 @@ def _grids(
             said = f"the file does not say what grid its {tokens} tokens form: taken for {reason}, {by(guess)}"
             return (guess, there), [said]
     raise NeedsOption(
-        f"{source.path} does not say what patch size its position embedding of {tokens} tokens was made for.",
-        "--source-patch-size I J K",
-        "Pass it, for example --source-patch-size 128 160 96.",
+        f"{source.path} does not say what patch size its position embedding of {tokens} tokens was made for.", "source_view"
     )

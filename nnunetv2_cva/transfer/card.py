@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunetv2_cva import __version__
+from nnunetv2_cva import __version__, nnunet
+from nnunetv2_cva.model.family import Family
 
 CITATIONS = {
     "Consistent View Alignment": "Vaish, P., et al. (2025). Consistent View Alignment Improves Foundation Models for 3D Medical "
@@ -45,22 +45,14 @@ def entry(holder: Any, *names: str) -> dict[str, Any]:
     return dict(holder) if isinstance(holder, Mapping) else {}
 
 
-def configuration_of(plans: Mapping[str, Any], name: Any) -> dict[str, Any]:
-    """A configuration of a plans file with what it inherits.
-
-    Raises:
-        ValueError: there is no such configuration, and then names those that exist; or nnU-Net cannot read it.
-    """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    configurations = entry(plans, "configurations")
-    if not isinstance(name, str) or name not in configurations:
-        found = ", ".join(map(str, configurations)) or "none"
-        raise ValueError(f"Plans {plans.get('plans_name')} have no configuration {name!r}. Found: {found}.")
+def settings(plans: Any, name: Any) -> dict[str, Any]:
+    """A configuration of a plans file with what it inherits; empty where the plans of a file have no such configuration."""
+    if not isinstance(plans, Mapping) or not isinstance(name, str):
+        return {}
     try:
-        return PlansManager(deepcopy(dict(plans))).get_configuration(name).configuration
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # inheritance: circular, of nothing
-        raise ValueError(f"Configuration {name} of plans {plans.get('plans_name')} cannot be read: {e}") from None
+        return nnunet.configuration(plans, name)
+    except ValueError:
+        return {}
 
 
 def from_training(
@@ -78,9 +70,9 @@ def from_training(
         "config": ours.get("config"),
         "plans": plans,
         "configuration": configuration,
+        "family": ours.get("family"),
     }
-    if plans is not None and configuration is not None:
-        found = configuration_of(plans, configuration)
+    if found := settings(plans, configuration):
         card["spacing"] = found.get("spacing")
         card["normalization_schemes"] = found.get("normalization_schemes")
         card["view_size"] = found.get("patch_size")
@@ -117,13 +109,15 @@ def from_nnssl(content: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def completed(card: Mapping[str, Any], family: str, branch: str, file: Path, licence: str | None) -> dict[str, Any]:
+def completed(card: Mapping[str, Any], family: Family, branch: str, file: Path, licence: str | None) -> dict[str, Any]:
     """The card as an exported file carries it: which weights of which file, under which licence, what to cite."""
     methods = ["nnU-Net"]
     if card.get("config") is not None:
         methods.insert(0, "Consistent View Alignment")
-    methods += ["Residual Encoder U-Net"] if family == "residual U-Net" else ["Primus"] if "Primus" in family else []
-    known: list[dict[str, Any]] = [{"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods]
+    methods += [family.citation] if family.citation else []
+    known: list[dict[str, Any]] = [
+        {"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods if m in CITATIONS
+    ]
     data = entry(card, "dataset")
     if data.get("reference"):
         known.append({"type": "Dataset", "name": data.get("name"), "apa_citations": [data["reference"]]})

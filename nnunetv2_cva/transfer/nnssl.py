@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match
 from nnunetv2_cva.transfer.card import completed, plain
-from nnunetv2_cva.transfer.parts import PRIMUS, by
 from nnunetv2_cva.transfer.read import RESENC_L_STRIDES, Source
 from nnunetv2_cva.transfer.target import Target, trainer_class
 from nnunetv2_cva.transfer.write import write
@@ -142,7 +142,7 @@ def architecture(network: Any, settings: dict[str, Any]) -> dict[str, Any]:
             f"blocks, {heads} heads and tokens of {by(token)}."
         )
     if kind not in _DYNAMIC:
-        raise ValueError(f"The nnssl format has no name for {kind}: it knows {PRIMUS[0]}, {' and '.join(_DYNAMIC)}.")
+        raise ValueError(f"The nnssl format has no name for {kind}: it knows Primus V1, {' and '.join(_DYNAMIC)}.")
     arguments = settings["architecture"]["arch_kwargs"]
     if kind == "ResidualEncoderUNet" and plain(arguments) == RESENC_L:
         return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_cva.transfer.card import configuration_of, entry, from_nnssl, from_training
-from nnunetv2_cva.transfer.opening import opened
-from nnunetv2_cva.transfer.parts import PRIMUS, UNKNOWN, Layout, layout_of
+from nnunetv2_cva.files import read_object
+from nnunetv2_cva.model.families import layout_of
+from nnunetv2_cva.model.family import UNKNOWN, Family, Layout
+from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
+from nnunetv2_cva.transfer.weights import opened
 
-# The teacher's modules (model/branches.py, model/primus.py) and where nnU-Net's network holds what they average.
-TEACHER_MODULES = {
-    "encoder.encoder.": "encoder.",
-    "encoder.tokenizer.": "down_projection.",
-    "encoder.eva.": "eva.",
-    "encoder.registers.0": "register_tokens",
-}
 AGAIN = "as when this file was exported: "
 RESENC_L_STRIDES = ((1, 1, 1), *((2, 2, 2),) * 5)
 
@@ -43,9 +37,10 @@ class Source:
     configuration: str | None = None
     dataset_json: dict[str, Any] | None = None
     view: tuple[int, ...] | None = None  # the extent the network in the file was built for
-    decoder: tuple[str, str] = ("keep", "the file does not say that it was untrained")  # default of --decoder, and why
+    decoder: tuple[str, str] = ("keep", "the file does not say that it was untrained")  # what becomes of it by default, and why
     obstacle: str | None = None  # to nnU-Net's own loader, in how the file is written
     notes: tuple[str, ...] = ()
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)  # of an adaptation plan
 
 
 def read(path: str | Path, branch: str = "student", trust: bool = False, any_network: bool = False) -> Source:
@@ -66,18 +61,19 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     obstacle = None if "network_weights" in content else "it has no entry 'network_weights'"
     if weights.keys() != stored.keys():
         obstacle = "the names in the file are not nnU-Net's"
-    if branch == "teacher":
-        weights = _with_teacher(weights, content, path)
-        obstacle = "it reads the student of this file"
-    for key, value in weights.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{path}: {key} holds NaN or Inf. The training that wrote it has diverged.")
+    stated = Family.from_stated(entry(content, "cva", "family") or entry(content, "pretraining", "family"))
     try:
-        layout = layout_of(weights)
+        layout = layout_of(weights, stated)
     except ValueError as e:
         if not any_network:
             raise ValueError(f"{path}: {e}") from None
         layout = UNKNOWN
+    if branch == "teacher":
+        weights = _with_teacher(weights, layout.family, content, path)
+        obstacle = "it reads the student of this file"
+    for key, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: {key} holds NaN or Inf. The training that wrote it has diverged.")
     known = _nnssl if entry(content, "nnssl_adaptation_plan") else _nnunet
     return dataclasses.replace(known(path, branch, weights, layout, content), obstacle=obstacle)
 
@@ -113,24 +109,25 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def _with_teacher(weights: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def _with_teacher(weights: dict[str, Tensor], family: Family, content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights with the teacher's where it has any, under the first of their names."""
     teacher = entry(content, "cva", "teacher")
     if not teacher:
         raise ValueError(
-            f"{path} holds no teacher. Only checkpoint_final and checkpoint_latest of a recipe with two views do; use "
-            "--branch student."
+            f"{path} holds no teacher. Only final and latest checkpoints of recipes with two views do; take the student."
         )
-    found = {
-        ours + key[len(theirs) :]: value
-        for key, value in teacher.items()
-        for theirs, ours in TEACHER_MODULES.items()
-        if key.startswith(theirs)
-    }
-    replaced = tuple({TEACHER_MODULES[m] for m in TEACHER_MODULES if any(k.startswith(m) for k in teacher)})
-    missing = [k for k in weights if k.startswith(replaced) and k not in found]
+    found = {}
+    for name, place in family.averaged.items():  # as model/branches.py names its copies
+        start = f"encoder.{name}."
+        for key in (k for k in teacher if k.startswith(start)):
+            found[place if place in weights else f"{place}.{key[len(start) :]}"] = teacher[key]
+    replaced = tuple(p for p in family.averaged.values() if any(k == p or k.startswith(f"{p}.") for k in found))
+    starts = tuple(f"{p}." for p in replaced)
+    missing = [k for k in weights if (k in replaced or k.startswith(starts)) and k not in found]
     if not found or missing:
         raise ValueError(f"{path}: the teacher does not hold the whole encoder (missing: {', '.join(missing) or 'all'}).")
-    kept = {k: v for k, v in weights.items() if not k.startswith((*replaced, "decoder.encoder."))}
+    again = tuple(f"{second}." for second in family.second_names)
+    kept = {k: v for k, v in weights.items() if k not in replaced and not k.startswith((*starts, *again))}
     return {**kept, **found}
 
 
@@ -139,10 +136,8 @@ def _nnunet(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout,
     configuration = arguments.get("configuration")
     plans = entry(arguments, "plans") or _beside(path, "plans.json", content) or None
     dataset_json = entry(arguments, "dataset_json") or _beside(path, "dataset.json", content) or None
-    try:
-        found = configuration_of(plans or {}, configuration)
-    except ValueError:  # plans of another training, or none at all
-        found, plans = {}, None
+    found = settings(plans, configuration)
+    plans = plans if found else None  # else those of another training, or none at all
     kind = "weights without a description" if "trainer_name" not in content else "nnU-Net checkpoint"
     kind = "pretraining checkpoint" if entry(content, "cva") else "exported weights" if exported else kind
     return Source(
@@ -172,8 +167,8 @@ def _beside(path: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]
     if "trainer_name" not in content or not file.is_file():
         return {}
     try:
-        return entry(json.loads(file.read_text()))
-    except (OSError, ValueError):
+        return read_object(file)
+    except ValueError:
         return {}
 
 
@@ -187,8 +182,8 @@ def _builder(content: Mapping[str, Any], layout: Layout) -> str | None:
 def _decoder_default(content: Mapping[str, Any], layout: Layout) -> tuple[str, str]:
     ours, exported = entry(content, "cva"), entry(content, "transfer")
     if ours:
-        if layout.family in PRIMUS:
-            return "fresh", "pretraining trains a decoder of its own beside a Primus; this one was never trained"
+        if layout.family.own_decoder:
+            return "fresh", f"pretraining trains a decoder of its own beside a {layout.family.kin}; this one was never trained"
         if entry(ours, "config").get("reconstruction_weight", 1) == 0:
             return "fresh", "this recipe reconstructs nothing, so it was never trained"
         return "keep", "it was trained to reconstruct masked images from this encoder's features"
@@ -218,6 +213,7 @@ def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, 
         card=entry(content, "pretraining") or from_nnssl(content),
         view=_extent(from_nnssl(content).get("view_size")),
         notes=notes,
+        architecture=architecture,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunetv2_cva.transfer.parts import by
+from nnunetv2_cva.sizes import by
 
 
 def resized(value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer: bool) -> tuple[Tensor | None, str]:
@@ -23,7 +23,7 @@ def resized(value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer
         return None, f"{names.get(value.ndim, value.ndim)} in the file, {names.get(len(shape), len(shape))} in the target"
     if value.ndim > 3 and value.shape[2:] != shape[2:]:
         fitted = (_upsampling if transposed else _kernel)(value, shape[2:])
-        sizes = f"kernel {by(tuple(value.shape[2:]))} -> {by(shape[2:])}"
+        sizes = f"kernel {by(value.shape[2:])} -> {by(shape[2:])}"
         if fitted is None:
             return None, sizes
         value = fitted
@@ -32,7 +32,7 @@ def resized(value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer
         how.append(f"{value.shape[1]} -> {shape[1]} input channels")
         value = input_channels(value, shape[1])
     if tuple(value.shape) != shape:
-        return None, f"shape {by(tuple(value.shape))} in the file, {by(shape)} in the target"
+        return None, f"shape {by(value.shape)} in the file, {by(shape)} in the target"
     return value.contiguous(), ", ".join(how)
 
 

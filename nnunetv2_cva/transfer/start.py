@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from nnunetv2_cva.transfer.adapt import fill, match
-from nnunetv2_cva.transfer.opening import NeedsOption
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import table
+from nnunetv2_cva.transfer.weights import NeedsOption
 
 
 def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> list[str]:
@@ -21,14 +21,16 @@ def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> list[str
         transfer = match(source, network, view)
         reason = transfer.refusal()
         if reason is not None:
-            raise NeedsOption(f"{reason}.", "--allow-partial", "")
+            raise NeedsOption(f"{reason}.", "allow_partial")
     except NeedsOption as e:
         raise ValueError(
-            f"init_from: {e.reason} init_from has no options. If you want these weights all the same, make a file for this "
-            f"training, `nnUNetv2_cva export {path} {e.option} -d ... -c ... -p ... -tr ... -o weights.pth`, and pass it with "
-            "-pretrained_weights in place of init_from."
+            f"init_from: {e} If you want these weights all the same, make a file for this training with `nnUNetv2_cva export`, "
+            f"which can be told to {_WAYS[e.option]}, and pass it with nnU-Net's -pretrained_weights in place of init_from."
         ) from None
     except ValueError as e:
         raise ValueError(f"init_from: {e}") from None
     fill(network, transfer)
     return [f"Weights of {path} ({source.kind}):", *table(transfer)]
+
+
+_WAYS = {"trust": "trust the file", "source_view": "take a patch size for the file's", "allow_partial": "write it all the same"}

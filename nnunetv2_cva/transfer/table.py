@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nnunetv2_cva import nnunet
 from nnunetv2_cva.transfer.adapt import Row, Transfer
-from nnunetv2_cva.transfer.card import entry
-from nnunetv2_cva.transfer.parts import differences
+from nnunetv2_cva.transfer.card import entry, settings
+from nnunetv2_cva.transfer.target import Target
 
 ACTIONS = ("carried", "adapted", "fresh")
-_ORDER = {"encoder": 0, "decoder": 1, "output": 2, "other": 3}
 
 
 def table(transfer: Transfer) -> list[str]:
@@ -44,7 +44,7 @@ def notes(transfer: Transfer) -> list[str]:
     if transfer.unused:
         left = ", ".join(f"{part} ({size:,} parameters)" for part, size in transfer.unused)
         found.append(f"the target has no place for {left}")
-    different = [d for d in differences(source.layout, transfer.target) if not d.startswith("input channels")]
+    different = [d for d in source.layout.differences(transfer.target) if not d.startswith("input channels")]
     if different:
         found.append("the networks differ: " + "; ".join(different))
     if source.branch == "teacher":
@@ -70,10 +70,45 @@ def data_warnings(card: Mapping[str, Any], settings: Mapping[str, Any], dataset_
     return found
 
 
+def same_plans(transfer: Transfer, target: Target) -> str | None:
+    """How the target gets the network that the weights were made with, where two U-Nets differ; None where nothing can be said.
+
+    The target's own plans, and what was preprocessed with them, are never overwritten.
+    """
+    card = transfer.source.card
+    plans, dataset, trained = entry(card, "plans"), entry(card, "dataset").get("name"), card.get("configuration")
+    stages_differ = any("stage" in d for d in transfer.source.layout.differences(transfer.target))
+    if not (stages_differ and isinstance(dataset, str) and isinstance(trained, str) and settings(plans, trained)):
+        return None
+    base = nnunet.fine_tuned(plans, trained)
+    if "architecture" not in settings(plans, base):
+        return None
+    name, source_plans = str(target.plans["dataset_name"]), plans.get("plans_name")
+    if dataset == name:
+        return f"The weights were made with plans {source_plans}, configuration {base}, of the same dataset, as they were then"
+    schemes = settings(plans, base).get("normalization_schemes") or []
+    if base != trained and source_plans != target.plans["plans_name"] and base in target.plans["configurations"]:
+        given = str(source_plans)
+        command = f"nnUNetv2_cva plan -d {dataset} --keep-plans -p {given} -c {base} --target {name}"
+        command += f" --target-plans {target.plans['plans_name']}"
+    elif len(schemes) != transfer.target.channels:
+        return (
+            f"The plans differ. Those of {dataset} cannot be moved to {name} as they are: they normalise {len(schemes)} "
+            f"channel{'s' * (len(schemes) != 1)}, {name} has {transfer.target.channels}"
+        )
+    else:
+        given = f"{source_plans}From{dataset}"
+        command = f"nnUNetv2_move_plans_between_datasets -s {dataset} -sp {source_plans} -t {name} -tp {given}"
+    return (
+        f"The plans differ. To give {name} those of {dataset}, beside its own: {command} && nnUNetv2_preprocess -d "
+        f"{nnunet.dataset_argument(name)} -plans_name {given} -c {base}; then use -p {given} -c {base}"
+    )
+
+
 def _parts(rows: tuple[Row, ...]) -> list[tuple[str, tuple[Row, ...]]]:
-    """Rows by part, in the order of the data's path; neighbouring parts of one kind that fare alike are one line."""
+    """Rows by part; neighbouring parts of one kind that fare alike are one line."""
     grouped: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=_position):
+    for row in rows:
         grouped.setdefault(row.part, []).append(row)
     merged: list[tuple[str, tuple[Row, ...]]] = []
     for name, found in grouped.items():
@@ -86,11 +121,6 @@ def _parts(rows: tuple[Row, ...]) -> list[tuple[str, tuple[Row, ...]]]:
         else:
             merged.append((name, tuple(found)))
     return merged
-
-
-def _position(row: Row) -> tuple[int, int]:
-    """Encoder before decoder; the tokenizer before what reads it."""
-    return _ORDER[row.role], int(row.part not in ("tokenizer", "register tokens")) if row.role == "encoder" else 0
 
 
 def _fate(rows: tuple[Row, ...]) -> tuple[frozenset[str], str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_cva.transfer.card import configuration_of, entry
+from nnunetv2_cva import nnunet
+from nnunetv2_cva.files import read_object
+from nnunetv2_cva.transfer.card import entry
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Target:
     trainer: Any  # a class
 
     def __post_init__(self) -> None:
-        configuration_of(self.plans, self.configuration)
+        nnunet.inheritance(self.plans, self.configuration)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration with what it inherits."""
-        return configuration_of(self.plans, self.configuration)
+        return nnunet.configuration(self.plans, self.configuration)
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -46,10 +47,11 @@ class Target:
         name, plans = self.plans.get("dataset_name"), self.plans.get("plans_name")
         return f"{name}, {self.configuration}, {plans}, {self.trainer.__name__}"
 
-    def build(self) -> nn.Module:
+    def build(self, outputs: int | None = None, deep_supervision: bool | None = None) -> nn.Module:
         """The network on the CPU, initialised by nnU-Net, the same at every call.
 
-        A pretraining trainer has the network of its ``backbone_trainer`` with as many outputs as inputs.
+        A pretraining trainer has the network of its ``backbone_trainer`` with as many outputs as inputs, and no deep supervision.
+        Other ``outputs`` than the trainer's are those of a file.
 
         Raises:
             ValueError: nnU-Net refuses to build it; says why.
@@ -62,15 +64,17 @@ class Target:
         pretraining = getattr(self.trainer, "backbone_trainer", None)
         try:
             channels = determine_num_input_channels(plans, settings, self.dataset_json)
-            outputs = channels if pretraining else plans.get_label_manager(self.dataset_json).num_segmentation_heads
+            if outputs is None:
+                outputs = channels if pretraining else plans.get_label_manager(self.dataset_json).num_segmentation_heads
         except Exception as e:
             raise ValueError(f"nnU-Net cannot read dataset.json or the plans of {self.label}: {e!r}") from None
+        deep = pretraining is None if deep_supervision is None else deep_supervision
         builder = (pretraining or self.trainer).build_network_architecture
         if "plans_manager" in inspect.signature(builder).parameters:
-            arguments: tuple[Any, ...] = (plans, settings, channels, outputs, pretraining is None)
+            arguments: tuple[Any, ...] = (plans, settings, channels, outputs, deep)
         else:  # the signature before nnU-Net 2.8, which it still accepts
             architecture = (settings.network_arch_class_name, settings.network_arch_init_kwargs)
-            arguments = (*architecture, settings.network_arch_init_kwargs_req_import, channels, outputs, pretraining is None)
+            arguments = (*architecture, settings.network_arch_init_kwargs_req_import, channels, outputs, deep)
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             torch.manual_seed(0)
             try:
@@ -84,22 +88,25 @@ class Target:
 
 
 def find_target(dataset: str, configuration: str, plans: str, trainer: str) -> Target:
-    """The target as ``nnUNetv2_train`` would find it.
+    """The target of this name or number as ``nnUNetv2_train`` would find it.
 
     Raises:
         ValueError: unknown dataset, not planned, no such configuration, unknown trainer; says what to do.
     """
-    folder = _dataset_folder(dataset)
+    folder = nnunet.folder(nnunet.PREPROCESSED) / nnunet.find_dataset(dataset)
+    number = nnunet.dataset_argument(folder.name)
+    if not folder.is_dir():
+        raise ValueError(f"{folder.name} is not planned. nnUNetv2_plan_and_preprocess -d {number} makes {folder}.")
     file = folder / f"{plans}.json"
     if not file.is_file():
-        others = sorted(p.stem for p in folder.glob("*.json") if "configurations" in _read_json(p))
+        others = sorted(p.stem for p in folder.glob("*.json") if _holds_configurations(p))
         raise ValueError(
             f"{folder.name} has no plans {plans!r} in {folder}. Found: {', '.join(others) or 'none'}. To make them: "
-            f"{_planning(number_of(folder.name), plans)}"
+            f"{_planning(number, plans)}"
         )
     if not (folder / "dataset.json").is_file():
         raise ValueError(f"{folder} has no dataset.json; nnU-Net's preprocessing copies it there.")
-    content, dataset_json = _read_json(file), _read_json(folder / "dataset.json")
+    content, dataset_json = read_object(file), read_object(folder / "dataset.json")
     _check_dataset_json(dataset_json, folder / "dataset.json")
     for name in ("dataset_name", "plans_name"):
         if not isinstance(content.get(name), str):
@@ -133,40 +140,20 @@ def trainer_class(name: str) -> Any:
         ) from None
 
 
-def number_of(name: str) -> int:
-    """The id in the name of a dataset."""
-    return int(name[7:10])
+def _holds_configurations(file: Path) -> bool:
+    try:
+        return "configurations" in read_object(file)
+    except ValueError:
+        return False
 
 
-def _dataset_folder(dataset: str) -> Path:
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise ValueError("nnUNet_preprocessed is not set: nnU-Net finds its datasets by it.")
-    named = re.fullmatch(_NAME, dataset) is not None
-    if not named and not re.fullmatch(r"\d{1,3}", dataset, re.ASCII):
-        raise ValueError(f"-d: expected the number or the name of a dataset, 4 or Dataset004_Hippocampus, found {dataset!r}.")
-    folders = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and re.fullmatch(_NAME, p.name)]
-    found = [p for p in folders if (p.name == dataset if named else number_of(p.name) == int(dataset))]
-    if not found:
-        number = number_of(dataset) if named else int(dataset)
-        raise ValueError(
-            f"No dataset {dataset} in {root}: it is not planned. nnUNetv2_plan_and_preprocess -d {number} makes the folder."
-        )
-    if len(found) > 1:
-        raise ValueError(f"Dataset {dataset} is ambiguous in {root}: {', '.join(p.name for p in found)}. Give the name.")
-    return found[0]
-
-
-_NAME = re.compile(r"Dataset\d{3}_.+", re.ASCII)
-
-
-def _planning(number: int, plans: str) -> str:
+def _planning(number: str, plans: str) -> str:
     """The command that makes plans of this name: nnU-Net's ResEnc planners have plans of their own."""
     if planned := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans):
         return f"nnUNetv2_plan_and_preprocess -d {number} -pl nnUNetPlannerResEnc{planned.group(1)}"
     if plans == "nnUNetPlans":
         return f"nnUNetv2_plan_and_preprocess -d {number}"
-    return f"nnUNetv2_plan_and_preprocess -d {number} with the planner that makes plans of this name (-pl), or name others (-p)"
+    return f"nnUNetv2_plan_and_preprocess -d {number} with the planner that makes plans of this name, or take others"
 
 
 def _check_dataset_json(content: dict[str, Any], file: Path) -> None:
@@ -182,11 +169,3 @@ def _check_dataset_json(content: dict[str, Any], file: Path) -> None:
     if sorted(channels) != sorted(map(str, range(len(channels)))):
         found = ", ".join(channels)
         raise ValueError(f'{file}: expected channels counted from 0, as in {{"0": "T1", "1": "T2"}}, found {found}.')
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read: {e}") from None
-    return content if isinstance(content, dict) else {}

@@ -14,8 +14,8 @@ from torch import nn
 from nnunetv2_cva.transfer.adapt import Transfer
 from nnunetv2_cva.transfer.card import completed, plain
 from nnunetv2_cva.transfer.read import AGAIN
-from nnunetv2_cva.transfer.saving import check_writable, save_whole
 from nnunetv2_cva.transfer.target import Target
+from nnunetv2_cva.transfer.weights import check_writable, save_whole
 
 
 def write_for_nnunet(

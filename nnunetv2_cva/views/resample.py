@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from torch import Tensor
 
 from nnunetv2_cva.views.geometry import Pair
@@ -62,6 +63,23 @@ def show(voxels: np.ndarray, box: np.ndarray, pair: Pair, view: int, out: Tensor
         _rotate(x, box, pair, view, out)
     if not whole:
         out.mul_(inside)
+
+
+def read_pair(volume: np.ndarray, pair: Pair) -> Tensor:
+    """(2, C, I, J, K) float32: both views of a case that is in memory, as ``pair`` was drawn for it; zeros outside the case.
+
+    ``volume``: (C, I, J, K) of any real type, normalised. What the views share: ``pair.rois``.
+
+    Raises:
+        ValueError: the pair was drawn for a case of another shape.
+    """
+    if volume.ndim != 4 or volume.shape[1:] != pair.shape:
+        raise ValueError(f"read_pair: expected a volume (C, {', '.join(map(str, pair.shape))}), found {volume.shape}.")
+    views, inside = torch.empty(2, volume.shape[0], *pair.size), torch.empty(pair.size, dtype=torch.bool)
+    for v, out in enumerate(views):
+        box = window(pair, v)
+        show(crop_and_pad_nd(volume, box.tolist(), cast_cropped_to=np.float32), box, pair, v, out, inside)
+    return views
 
 
 def air_fraction(voxels: np.ndarray, box: np.ndarray, pair: Pair) -> float:

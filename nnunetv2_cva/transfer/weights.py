@@ -1,30 +1,33 @@
-"""Checkpoint files, opened without executing anything in them."""
+"""Files of weights: opened without executing anything in them, and written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 import re
+import shutil
+import tempfile
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nnunetv2_cva.files import written_whole
+
 # How files begin that torch.save has written: as zip archives, or before PyTorch 1.6 as pickles (of protocol 2 and later).
 BEGINNINGS = (b"PK\x03\x04", b"\x80")
 
 
 class NeedsOption(ValueError):
-    """What an ``option`` of the commands would make possible; where there are no options, callers name another way.
+    """What the argument ``option`` of the function that was called would make possible; a command adds its own way to say it."""
 
-    ``reason``: the message without the option.
-    """
-
-    def __init__(self, reason: str, option: str, advice: str) -> None:
-        super().__init__(f"{reason} {advice}")
+    def __init__(self, reason: str, option: str) -> None:
+        super().__init__(reason)
         self.reason, self.option = reason, option
 
 
@@ -48,11 +51,7 @@ def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[s
         if wanted is None and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.") from None
         what = f"{wanted.group(1)}, which is code and not only weights" if wanted else "more than PyTorch opens as weights"
-        raise NeedsOption(
-            f"{path} holds {what}; opening it may execute anything.",
-            "--trust",
-            "If you trust where the file comes from, pass --trust.",
-        ) from None
+        raise NeedsOption(f"{path} holds {what}; opening it may execute anything.", "trust") from None
     except Exception as e:  # the unpickler is a machine run by the file's bytes: damaged ones make it raise anything
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}") from None
@@ -84,3 +83,64 @@ def _numpy_scalars() -> list[Any]:
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
     return [*((module.scalar, name) for name in names), np.dtype, *kinds]
+
+
+def save_whole(content: dict[str, Any], path: str | Path, check: Callable[[Path], None] = lambda file: None) -> None:
+    """Save ``content`` so that ``path`` holds either what it held before or the new file, whole, whatever happens.
+
+    ``check`` is given the new file before it gets its name; what it raises is passed on, and ``path`` stays as it was.
+
+    Raises:
+        OSError: it could not be written; says why, and how much space is free there.
+    """
+    path = Path(path)
+    with _explained(path), written_whole(path) as partial:
+        with _without_disguise(), open(partial, "wb") as f:
+            torch.save(content, f)
+        check(partial)
+
+
+def check_writable(path: str | Path, source: str | Path) -> None:
+    """That ``path`` can be written and is not the file ``source``, tried out before anything is computed; leaves nothing behind.
+
+    Raises:
+        ValueError: a folder, a device, the source itself, or a place where nothing can be written; says what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Pass the name of the file to write, for example {path / 'weights.pth'}.")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(
+            f"{path} is the file that the weights come from, which may hold more than them (teacher, optimizer, history). Choose "
+            "another name."
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not an ordinary file. Choose another name.")
+    try:
+        with _explained(path), tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise ValueError(f"{e} Nothing was written.") from None
+
+
+@contextlib.contextmanager
+def _without_disguise() -> Iterator[None]:
+    """On a full disk torch's zip writer fails while it closes the file, with "unexpected pos": the cause is its context."""
+    try:
+        yield
+    except RuntimeError as e:
+        cause: BaseException | None = e
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise (cause or OSError(str(e))) from e
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        free = ""
+        if not isinstance(e, (FileNotFoundError, NotADirectoryError, PermissionError)):
+            free = f" {shutil.disk_usage(path.parent).free / 2**30:.2f} GB are free there."
+        raise OSError(f"{path} cannot be written: {e.strerror or e}.{free}") from e

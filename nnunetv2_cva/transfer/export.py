@@ -1,0 +1,125 @@
+"""Weights made for a target, from plain values to a file: what ``check`` and ``export`` do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nnunetv2_cva.transfer.adapt import Transfer, fill, match, stock_obstacle
+from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
+from nnunetv2_cva.transfer.read import Source, read
+from nnunetv2_cva.transfer.table import data_warnings, same_plans, table
+from nnunetv2_cva.transfer.target import Target, find_target
+from nnunetv2_cva.transfer.weights import check_writable
+from nnunetv2_cva.transfer.write import write_for_nnunet
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights: the file, and what is wanted of it."""
+
+    file: str
+    branch: str = "student"
+    decoder: str | None = None
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where they go, in nnU-Net's names. ``source_view``: the extent the file's network was built for, if unsaid."""
+
+    dataset: str
+    configuration: str
+    plans: str
+    trainer: str
+    source_view: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written, and how."""
+
+    file: str
+    allow_partial: bool = False
+    dry_run: bool = False
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``lines``: what goes where. ``refusal``: why these weights should not go there, with what to do about it. ``obstacle``: why
+    nnU-Net's own loader would refuse the file as it is. ``plan``: the adaptation plan of a file in the nnssl format."""
+
+    lines: tuple[str, ...]
+    written: bool = False
+    refusal: str | None = None
+    obstacle: str | None = None
+    plan: dict | None = None
+
+
+def check(weights: Weights, place: Place) -> Outcome:
+    """Whether and how ``weights`` fit.
+
+    Raises:
+        ValueError: anything that cannot be read, found or built.
+    """
+    source, _, network, transfer, lines, _ = _matched(weights, place)
+    return Outcome(lines, refusal=transfer.refusal(), obstacle=stock_obstacle(source, network))
+
+
+def export(weights: Weights, place: Place, output: Output) -> Outcome:
+    """Write a file for stock ``-pretrained_weights``, whole and checked; not where the outcome has a refusal.
+
+    Raises:
+        ValueError: anything that cannot be read, found, built or written.
+    """
+    source, target, network, transfer, lines, advice = _matched(weights, place, output)
+    reason = transfer.refusal()
+    if reason is not None and not output.allow_partial:
+        return Outcome(lines, refusal=f"{reason}." + (f" {advice}." if advice else ""))
+    if not output.dry_run:
+        fill(network, transfer)
+        write_for_nnunet(output.file, network, transfer, target, output.licence)
+    return Outcome(lines, written=not output.dry_run)
+
+
+def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
+    """Write the network of the pretraining itself in the layout of nnssl, OpenMind and the SSL3D challenge.
+
+    Raises:
+        ValueError: anything that cannot be read, built or written; the format has no name for the network.
+    """
+    source = _source(weights, output)
+    target = own_target(source)
+    network, transfer = filled_with_itself(source, target, weights.decoder)
+    lines = (*_header(source, "Network", target), *table(transfer))
+    plan = adaptation_plan(network, target, transfer.target.channels)
+    if not output.dry_run:
+        write_for_nnssl(output.file, network, transfer, target, output.licence)
+    return Outcome(lines, written=not output.dry_run, plan=plan)
+
+
+def _source(weights: Weights, output: Output | None) -> Source:
+    source = read(weights.file, weights.branch, weights.trust)
+    if output is not None:
+        check_writable(output.file, source.path)  # before the target, whose trainer is looked up for 10 s
+    return source
+
+
+def _header(source: Source, what: str, target: Target) -> tuple[str, ...]:
+    return f"Weights: {source.path} ({source.kind}, {source.layout})", f"{what + ':':8} {target.label}", ""
+
+
+def _matched(
+    weights: Weights, place: Place, output: Output | None = None
+) -> tuple[Source, Target, nn.Module, Transfer, tuple[str, ...], str | None]:
+    """Source, target, its network, the transfer, the lines about it, and what to run where the plans differ."""
+    source = _source(weights, output)
+    target = find_target(place.dataset, place.configuration, place.plans, place.trainer)
+    network = target.build()
+    transfer = match(source, network, target.view, weights.decoder, place.source_view)
+    advice = same_plans(transfer, target)
+    warnings = data_warnings(source.card, target.settings, target.dataset_json)
+    lines = [*_header(source, "Target", target), *table(transfer), *([f"Note: {advice}."] if advice else [])]
+    return source, target, network, transfer, (*lines, *(f"Warning: {w}." for w in warnings)), advice

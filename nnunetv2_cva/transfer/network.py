@@ -1,0 +1,117 @@
+"""nnU-Net's network as a file of weights has it, for work that no command does."""
+
+from __future__ import annotations
+
+import pydoc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_cva.model.branches import backbone_class
+from nnunetv2_cva.model.families import FAMILIES
+from nnunetv2_cva.model.taps import Tap
+from nnunetv2_cva.transfer.adapt import fill, match
+from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.nnssl import RESENC_L
+from nnunetv2_cva.transfer.read import Source, read
+from nnunetv2_cva.transfer.target import Target, trainer_class
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, on the CPU, in evaluation mode; and where the cells of its feature maps are.
+
+    ``card``: where the weights come from, plain types.
+    """
+
+    network: nn.Module
+    taps: tuple[Tap, ...]
+    card: dict[str, Any]
+    _encode: Callable[[Tensor], list[Tensor]]
+
+    def maps(self, views: Tensor) -> list[Tensor]:
+        """``views`` (N, C, I, J, K) -> a map (N, channels, cells) for every tap: what pretraining aligns."""
+        return self._encode(views)
+
+
+def load_network(file: str | Path, branch: str = "student", trust: bool = False) -> Loaded:
+    """The network of ``file`` with its weights: a checkpoint of ours, nnU-Net's or nnssl's, or one that was exported.
+
+    ``branch="teacher"``: the encoder is the moving average's. What the file does not hold stays as it is initialised.
+
+    Raises:
+        ValueError: as ``read``; or the file does not say how its network is built, or lacks part of the encoder.
+    """
+    source = read(file, branch, trust)
+    network = _built(source)
+    transfer = match(source, network, source.view or (), "keep", source.view)
+    left = [r.keys[0] for r in transfer.rows if r.role == "encoder" and r.action != "carried"]
+    if left:
+        raise ValueError(f"{source.path} does not hold the whole encoder of its network: {left[0]} is missing or differs.")
+    fill(network, transfer)
+    state = network.state_dict()
+    with torch.no_grad():
+        for key in (k for r in transfer.rows if r.role == "output" for k in r.keys):
+            if key in source.weights and source.weights[key].shape == state[key].shape:
+                state[key].copy_(source.weights[key])
+    return _with_taps(network.eval(), source)
+
+
+def _with_taps(network: nn.Module, source: Source) -> Loaded:
+    family = source.layout.family
+    if family in FAMILIES:
+        kind: Any = backbone_class(network)
+        taps = kind.taps_of(network)
+    else:  # a recipe's own
+        recipe = trainer_class(str(source.card.get("trainer")))
+        gradients = [p.requires_grad for p in network.parameters()]
+        kind = recipe.backbone(network, recipe.config)
+        taps = kind.taps
+        for parameter, required in zip(network.parameters(), gradients, strict=True):
+            parameter.requires_grad_(required)
+    return Loaded(network, taps, source.card, lambda views: kind.encode(family.modules(network), views)[0])
+
+
+def _built(source: Source) -> nn.Module:
+    stated = (source.plans, source.configuration, source.dataset_json, source.builder)
+    if all(s is not None for s in stated):
+        plans, configuration, dataset_json, builder = stated
+        target = Target(plans, configuration, dataset_json, trainer_class(builder))  # type: ignore[arg-type]
+        # Pretraining reconstructs: as many outputs as inputs. Exported weights have the outputs of their target.
+        return target.build(source.layout.channels if source.kind == "pretraining checkpoint" else None, deep_supervision=False)
+    kind, arguments = _dynamic(source)
+    if kind is None:
+        raise ValueError(f"{source.path} ({source.kind}) does not state how its network is built.")
+    import dynamic_network_architectures.architectures.unet as unets
+
+    outputs = [w.shape[0] for k, w in source.weights.items() if k.startswith("decoder.seg_layers.") and k.endswith(".weight")]
+    return getattr(unets, kind)(input_channels=source.layout.channels, num_classes=outputs[-1] if outputs else 1, **arguments)
+
+
+def _dynamic(source: Source) -> tuple[str | None, dict[str, Any]]:
+    """The U-Net that an adaptation plan names, and its arguments."""
+    name, arguments = source.architecture.get("arch_class_name"), entry(source.architecture, "arch_kwargs")
+    imported = source.architecture.get("arch_kwargs_requiring_import") or []
+    if name == "ResEncL":
+        name, arguments, imported = "ResidualEncoderUNet", dict(RESENC_L), ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    if name not in ("ResidualEncoderUNet", "PlainConvUNet"):
+        return None, {}
+    return name, {k: _torch_class(v) if k in imported else v for k, v in arguments.items()}
+
+
+def _torch_class(name: Any) -> Any:
+    """The class of ``torch.nn`` that a file names. Nothing else is imported.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    if name is None:
+        return None
+    found = pydoc.locate(name) if isinstance(name, str) and name.startswith("torch.nn.") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"Expected the name of a layer in torch.nn, found {name!r}.")
+    return found
