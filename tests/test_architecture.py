@@ -13,6 +13,7 @@ LAYERS = (
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
+    {"seeing"},
     {"training"},
     {"demo"},
     {"commands"},

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
 
-COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "doctor", "bench")
+COMMANDS = (
+    ("plan", "preprocess", "peek", "export", "check", "info", "embed", "look", "probe", "report")
+    + ("demo", "hook", "env", "trainers", "doctor", "bench")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Feature maps of images of any size: windows of the network's own view, blended; and where their cells are.
 
-The windows begin at multiples of the coarsest stride, so that cells of neighbouring windows coincide and are averaged, never moved.
+The windows begin at multiples of the coarsest stride, so that cells of neighbouring windows coincide and are
+averaged, never moved.
 """
 
 from __future__ import annotations
@@ -106,19 +107,31 @@ def dense_maps(
 
 
 @torch.inference_mode()
-def window_vectors(image: Tensor, encode: Encode, taps: Sequence[Tap], view: Sequence[int], overlap: float = 0.5) -> tuple:
-    """Starts (W, 3) of all windows in voxels of the image, and for each the mean of every tap over the window (W, sum of C)."""
+def window_vectors(
+    image: Tensor,
+    encode: Encode,
+    taps: Sequence[Tap],
+    view: Sequence[int],
+    overlap: float = 0.5,
+    wanted: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Where all windows start (W, 3), in voxels of the image, and the mean of every wanted tap over each (W, sum of C).
+
+    Raises:
+        ValueError: as ``dense_maps``.
+    """
+    wanted = check_taps(wanted, taps)
     windows = place_windows(image.shape[1:], view, _coarsest(taps), overlap)
     starts, vectors = [], []
     for start, maps in _through(image, encode, windows):
         starts.append([s - b for s, b in zip(start, windows.before)])
-        vectors.append(torch.cat([m[0].float().mean(dim=(1, 2, 3)) for m in maps]))
+        vectors.append(torch.cat([maps[t][0].float().mean(dim=(1, 2, 3)) for t in wanted]))
     return torch.tensor(starts), torch.stack(vectors).cpu()
 
 
 def on_grid(maps: Sequence[DenseMap], bins: Sequence[int], exactly: bool = False) -> Tensor:
-    """(sum of C, *bins) float32: all maps averaged over ``bins`` equal boxes of the image, as training averages them over the bins
-    of a shared region. ``exactly``: interpolated at the boxes' centres instead."""
+    """(sum of C, *bins) float32: all maps averaged over ``bins`` equal boxes of the image, as training averages them over the
+    bins of a shared region. ``exactly``: interpolated at the boxes' centres instead."""
     whole = torch.tensor([[[0.0] * 3, [1.0] * 3]], device=maps[0].values.device)
     i, j, k = bins
     return torch.cat(

@@ -117,7 +117,10 @@ def preprocess(found: Found, network: Frozen, labels: str | Path | None = None, 
         raise ValueError(f"{labels}: expected the shape of its image, {array.shape[1:]}, found {segmentation.shape[1:]}.")
     known = dataset_json or {"labels": {"background": 0}, "channel_names": {}}
     preprocessor = manager.preprocessor_class(verbose=False)
-    data, seg, properties = preprocessor.run_case_npy(array, segmentation, properties, plans, manager, known)
+    try:
+        data, seg, properties = preprocessor.run_case_npy(array, segmentation, properties, plans, manager, known)
+    except (KeyError, RuntimeError, AssertionError) as e:  # what the plans lack, an image of one value
+        raise ValueError(f"{found.files[0]}: nnU-Net cannot preprocess it as the network's plans say: {e!r}") from None
     if not np.isfinite(data).all():
         raise ValueError(f"{found.files[0]} holds NaN or Inf after preprocessing.")
     i, j, k = plans.transpose_forward

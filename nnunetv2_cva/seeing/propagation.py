@@ -1,6 +1,6 @@
 """One-shot label propagation: the labels of one image carried to another by nearest descriptions, on random windows.
 
-On whole images that are centred alike, position alone carries most labels; a window cut out at random says nothing by its position.
+On whole images that are centred alike, position alone carries most labels. Where a window was cut out at random, it says little.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def one_shot(
     labels: Sequence[int],
     pairs: int = 20,
     seed: int = 0,
-    most_cells: int = 20_000,
+    most_cells: int = 3_000,
     tick: Callable[[], object] = lambda: None,
 ) -> list[Carried]:
     """``pairs`` times: the labels of a random window of one case carried to a random window of another, by position in the
