@@ -12,11 +12,7 @@ from nnunetv2_cva.model.taps import Tap, unet_taps
 from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, on_grid, place_windows, window_vectors
 
 VIEW = (32, 64, 48)
-TAPS = (
-    Tap(3, (1, 1, 1), (0.0, 0.0, 0.0)),
-    Tap(3, (2, 4, 2), (-0.25, -0.75, 0.5)),
-    Tap(3, (16, 16, 8), (-3.75, -8.0, 2.0)),
-)
+TAPS = (Tap(3, (1, 1, 1), (0.0, 0.0, 0.0)), Tap(3, (2, 4, 2), (-0.25, -0.75, 0.5)), Tap(3, (16, 16, 8), (-3.75, -8.0, 2.0)))
 SIZES = {"larger": (50, 101, 64), "smaller": (20, 33, 17), "as the view": VIEW, "not divisible": (33, 65, 47)}
 
 

@@ -96,7 +96,9 @@ def test_maps_as_arrays_say_where_their_cells_are(weights, images, tmp_path):
 
 
 def test_a_map_in_nifti_lies_on_its_image(weights, images, tmp_path):
-    assert run(weights, images / "scan_2_0000.nii.gz", tmp_path / "out", "--level", "dense", "--taps", 0, "--format", "nifti") == 0
+    assert (
+        run(weights, images / "scan_2_0000.nii.gz", tmp_path / "out", "--level", "dense", "--taps", 0, "--format", "nifti") == 0
+    )
     image = sitk.ReadImage(str(images / "scan_2_0000.nii.gz"))
     found = sitk.ReadImage(str(tmp_path / "out" / "scan_2_tap0.nii.gz"))
     assert found.GetSize() == image.GetSize() and found.GetNumberOfComponentsPerPixel() == 4

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
 
-COMMANDS = (
-    ("plan", "preprocess", "peek", "export", "check", "info", "embed", "look", "probe", "report")
-    + ("demo", "hook", "env", "trainers", "doctor", "bench")
+COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "embed", "look", "probe", "report") + (
+    "demo",
+    "hook",
+    "env",
+    "trainers",
+    "doctor",
+    "bench",
 )
 
 
