@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-
 from nnunetv2_cva.commands.progress import Bar
 
 HELP = "Compute the features of images: a vector for each, one per window, or maps. Can be killed and repeated."

@@ -89,8 +89,8 @@ def _networks(args: argparse.Namespace) -> dict[str, Frozen]:
         a, b = networks["trained"], networks["against"]
         if (a.spacing, a.channels) != (b.spacing, b.channels):
             raise ValueError(
-                f"--against {args.against}: expected spacing {a.spacing} and {a.channels} channel(s), as {args.weights} has, found "
-                f"{b.spacing} and {b.channels}."
+                f"--against {args.against}: expected spacing {a.spacing} and {a.channels} channel(s), as {args.weights} has, "
+                f"found {b.spacing} and {b.channels}."
             )
     return networks
 

@@ -10,13 +10,6 @@ for (const network of LOOK.networks) for (const d of network.images) {
   d.body = bytes(d.body, Uint8Array);
   d.colours = bytes(d.colours, Uint8Array);
   d.regions = bytes(d.regions, Int8Array);
-  const n = d.body.length, dims = network.dims;
-  d.length = new Float32Array(n);
-  for (let r = 0; r < n; r++) {
-    let sum = 0;
-    for (let f = 0; f < dims; f++) sum += d.rows[r * dims + f] ** 2;
-    d.length[r] = Math.sqrt(sum) || 1;
-  }
 }
 
 // The cell of a grid in which a point of the image lies.
@@ -34,7 +27,7 @@ function search(network, target) {
   for (let r = 0; r < heat.length; r++) {
     let sum = 0;
     for (let f = 0; f < dims; f++) sum += d.rows[r * dims + f] * source.rows[q * dims + f];
-    heat[r] = sum / d.length[r] / source.length[q];
+    heat[r] = sum / network.scale ** 2;
     if (d.body[r] && (best < 0 || heat[r] > heat[best])) best = r;
   }
   const [, J, K] = d.bins, image = LOOK.images[target];

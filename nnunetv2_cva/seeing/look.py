@@ -136,13 +136,13 @@ def _marked(image: Image, grey: np.ndarray, point: Any, heat: np.ndarray | None,
     return shown
 
 
-def reduced(described: Sequence[Described], dims: int = 24) -> tuple[list[np.ndarray], float]:
-    """int8 (R, dims) for every image whose scalar products follow those of the rows as well as ``dims`` numbers can, and the share
-    of the squared length that they keep. For pages, which carry them along."""
+def reduced(described: Sequence[Described], dims: int = 40) -> tuple[list[np.ndarray], float, float]:
+    """int8 (R, dims) for every image, and a scale: scalar products of the rows are those of the numbers over scale squared, as well
+    as ``dims`` numbers can say. Also the share of the squared length that they keep. For pages, which carry them along."""
     rows = torch.cat([d.rows[d.body] for d in described])
     rows = rows[:: max(1, len(rows) // 20_000)]
     basis = torch.linalg.svd(rows, full_matrices=False).Vh[:dims].T
     kept = float((rows @ basis).square().sum() / rows.square().sum())
     projected = [d.rows @ basis for d in described]
     scale = 127 / max(float(p.abs().max()) for p in projected)
-    return [(p * scale).round().to(torch.int8).numpy() for p in projected], kept
+    return [(p * scale).round().to(torch.int8).numpy() for p in projected], scale, kept

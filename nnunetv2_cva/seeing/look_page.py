@@ -20,7 +20,7 @@ from nnunetv2_cva.seeing.look import Look, reduced
 from nnunetv2_cva.seeing.matches import colours, regions
 from nnunetv2_cva.seeing.page import data, page, table
 
-MOST_CELLS = 10_000  # of an image, with their numbers in the page
+MOST_CELLS = 8_000  # of an image, with their numbers in the page
 MOST_VOXELS = 300_000  # of an image as it is shown
 
 EXPLANATION = """<p>Click or drag in the first image. The cross shows where each network finds that place in the other images, the
@@ -33,7 +33,7 @@ def write_look(found: Look, path: Path, tables: Sequence[tuple[str, Sequence[str
     script = resources.files("nnunetv2_cva.seeing").joinpath("look.js").read_text("utf-8")
     below = "".join(f"<h2>{escape(title)}</h2>{table(header, rows)}" for title, header, rows in tables)
     body = f'{EXPLANATION}<div id="choices"></div><div id="networks"></div>{below}'
-    style = ".row { display: flex; flex-wrap: wrap; gap: .8rem; } .image { flex: 1 1 20rem; min-width: 0; }"
+    style = ".row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; align-items: end; }"
     style += (
         " canvas { width: 100%; cursor: crosshair; background: #000; touch-action: manipulation; } label { margin-right: 1rem; }"
     )
@@ -58,11 +58,12 @@ def content(found: Look) -> dict[str, Any]:
     networks = []
     for name, described in found.described.items():
         coarse = [_coarser(d) for d in described]
-        rows, kept = reduced(coarse)
+        rows, scale, kept = reduced(coarse)
         networks.append(
             {
                 "name": name,
                 "dims": rows[0].shape[1],
+                "scale": scale,
                 "kept": round(kept, 3),
                 "images": [
                     {

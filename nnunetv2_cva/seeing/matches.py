@@ -37,7 +37,7 @@ def choose_points(described: Described, number: int) -> np.ndarray:
     edge = np.array(described.spacing) * described.size / described.bins  # mm of a cell
     depth = distance_transform_edt(np.pad(mask, 1), sampling=edge)[1:-1, 1:-1, 1:-1].reshape(-1)
     centres = described.centres()
-    inner = np.flatnonzero(depth >= min(2 * edge.max(), depth.max() / 2))
+    inner = np.flatnonzero(depth >= depth.max() / 3)
     if len(inner) < number:
         raise ValueError(f"Points: expected at most {len(inner)}, as many cells as lie in the body, found {number}.")
     places = centres[inner] * described.spacing
