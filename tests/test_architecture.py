@@ -16,7 +16,8 @@ LAYERS = (
     {"views", "model", "losses"},
     {"transfer", "datasets"},
     {"training"},
-    {"demo", "peek"},
+    {"comparing", "peek"},
+    {"demo"},
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
