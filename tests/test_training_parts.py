@@ -60,8 +60,14 @@ def test_streams_differ_by_purpose_numbers_and_count():
 def test_precision_is_float32_away_from_cuda():
     assert autocast_dtype("auto", torch.device("cpu")) is None
     assert autocast_dtype("fp32", torch.device("cuda")) is None
-    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'cpu'"):
-        autocast_dtype("bf16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="precision: 'fp16' needs a CUDA device, found 'cpu'. Use 'auto', 'fp32', 'bf16'"):
+        autocast_dtype("fp16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'mps'. Use 'auto', 'fp32'."):
+        autocast_dtype("bf16", torch.device("mps"))
+
+
+def test_a_cpu_trains_in_bfloat16_when_asked():
+    assert autocast_dtype("bf16", torch.device("cpu")) is torch.bfloat16
 
 
 def test_one_process_owns_the_whole_step():
