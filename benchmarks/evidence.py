@@ -204,8 +204,8 @@ def difference(first: dict[tuple[int, int], float], second: dict[tuple[int, int]
     """first - second, paired by split and pretraining seed (scratch, which has one seed, by split).
 
     The interval counts seeds and splits as two samples, since another user has another of both: variance of the seeds' means
-    over their number plus the same of the splits, Welch-Satterthwaite's degrees of freedom. With one seed it is that of the splits,
-    and says nothing about other pretrainings.
+    over their number plus the same of the splits, Welch-Satterthwaite's degrees of freedom. With one seed it is that of the
+    splits, and says nothing about other pretrainings.
     """
     alone = {seed for seed, _ in second} == {0}
     partner = {key: (0 if alone else key[0], key[1]) for key in first}

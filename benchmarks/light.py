@@ -8,7 +8,6 @@ one piece instead of by sliding window. What a batch holds follows from (split, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -276,13 +275,3 @@ def evaluate(model: Any, data: Labelled, test: list[str]) -> np.ndarray:
 def area(points: list[int], values: list[float]) -> float:
     """Under the learning curve from (0, 0), divided by its length: the mean Dice while training."""
     return float(np.trapezoid([0.0, *values], [0, *points]) / points[-1])
-
-
-def huber(difference: Tensor) -> Tensor:
-    size = difference.abs()
-    return torch.where(size < 1, size**2 / 2, size - 0.5)
-
-
-def chance_of_contrast(cases: int) -> float:
-    """NT-Xent of vectors that know nothing: one positive among the 4B - 4 negatives."""
-    return math.log(4 * cases - 3)

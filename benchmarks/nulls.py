@@ -71,7 +71,7 @@ def _bins(student: Student, teacher: Teacher, test: Prepared, fit: Prepared) -> 
 
 
 def _features(recipe: Recipe, config: CVAConfig, cases: Cases, keys: list[str], student: Student) -> dict[str, float]:
-    batch = _views(recipe, config, cases, keys, student)
+    batch = _views(replace(recipe, misaligned=False), config, cases, keys, student)
     first, second = by_view(student.features(batch.views, batch.rois))
     other = by_view(student.features(_other_cases(batch.views), batch.rois))[1]
     both = standardised(torch.cat([first, second, other]))
