@@ -31,7 +31,6 @@ from nnunetv2_cva.views.augment import augment
 from nnunetv2_cva.views.loader import Cases, PairDataset
 
 CPU = torch.device("cpu")
-STRUCTURES = 2  # of the hippocampus: anterior, posterior
 AUGMENTATION = CVAConfig()  # its intensities are nnU-Net's
 HEADS = {"head_width": 256, "predictor_width": 64}
 POINTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of a fine-tuning, at which the test cases are segmented
@@ -143,19 +142,20 @@ def pretrain(recipe: Recipe, seed: int, cases: Cases, keys: list[str]) -> Pretra
 class Labelled:
     """Preprocessed cases in memory."""
 
+    structures: int
     images: dict[str, np.ndarray]  # (I, J, K) float32
-    labels: dict[str, np.ndarray]  # (I, J, K) int64, 0 to STRUCTURES
+    labels: dict[str, np.ndarray]  # (I, J, K) int64, 0 to ``structures``
 
 
-def load(folder: Path, keys: list[str]) -> Labelled:
+def load(folder: Path, keys: list[str], structures: int) -> Labelled:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
     dataset = nnUNetDatasetBlosc2(str(folder), keys)
     images, labels = {}, {}
     for key in keys:
         data, truth, _, _ = dataset.load_case(key)
-        images[key], labels[key] = np.asarray(data[0], np.float32), np.clip(np.asarray(truth[0], np.int64), 0, STRUCTURES)
-    return Labelled(images, labels)
+        images[key], labels[key] = np.asarray(data[0], np.float32), np.clip(np.asarray(truth[0], np.int64), 0, structures)
+    return Labelled(structures, images, labels)
 
 
 def patches(data: Labelled, keys: list[str], view: tuple[int, ...], count: int, *numbers: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def patches(data: Labelled, keys: list[str], view: tuple[int, ...], count: int, 
         key = keys[rng.integers(len(keys))]
         shape = data.images[key].shape
         if n % 2:  # around a voxel of a random structure, as nnU-Net oversamples the foreground
-            found = np.argwhere(data.labels[key] == rng.integers(1, STRUCTURES + 1))
+            found = np.argwhere(data.labels[key] == rng.integers(1, data.structures + 1))
             begin = [int(p) - v // 2 for p, v in zip(found[rng.integers(len(found))], view)]
         else:
             begin = [int(rng.integers(min(0, s - v), max(0, s - v) + 1)) for s, v in zip(shape, view)]
@@ -180,9 +180,11 @@ def patches(data: Labelled, keys: list[str], view: tuple[int, ...], count: int, 
     return augment(torch.from_numpy(images), AUGMENTATION, rng, noise), torch.from_numpy(labels)
 
 
-def start(protocol: Protocol, recipe: Recipe, states: dict[str, dict[str, Tensor]] | None, seed: int) -> nn.Module:
+def start(
+    protocol: Protocol, recipe: Recipe, states: dict[str, dict[str, Tensor]] | None, structures: int, seed: int
+) -> nn.Module:
     """The network that fine-tuning starts from; what is not taken is as ``seed`` initialises it."""
-    built: Any = network(recipe.widths, STRUCTURES + 1, seed, deep_supervision=protocol.deep_supervision)
+    built: Any = network(recipe.widths, structures + 1, seed, deep_supervision=protocol.deep_supervision)
     if states is not None:
         if protocol.part == "whole":
             own = built.state_dict()
@@ -225,7 +227,7 @@ def fine_tune(
 ) -> dict[str, Any]:
     """The learning curve on the test cases: its points in iterations, mean Dice over structures, Dice of the foreground."""
     began = perf_counter()
-    model: Any = start(protocol, recipe, states, torch_seed("start", split) % 2**31)
+    model: Any = start(protocol, recipe, states, data.structures, torch_seed("start", split) % 2**31)
     optimizer: torch.optim.Optimizer
     if protocol.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), protocol.rate, momentum=0.99, weight_decay=3e-5, nesterov=True)
@@ -245,16 +247,16 @@ def fine_tune(
         optimizer.step()
         if i + 1 in points:
             scores = evaluate(model, data, test)
-            found["dice"].append(round(float(scores[:, :STRUCTURES].mean()), 4))
-            found["foreground"].append(round(float(scores[:, STRUCTURES].mean()), 4))
-    found["per_case"] = [round(float(s), 3) for s in scores[:, :STRUCTURES].mean(1)]
+            found["dice"].append(round(float(scores[:, :-1].mean()), 4))
+            found["foreground"].append(round(float(scores[:, -1].mean()), 4))
+    found["per_case"] = [round(float(s), 3) for s in scores[:, :-1].mean(1)]
     found["seconds"] = round(perf_counter() - began, 1)
     return found
 
 
 @torch.no_grad()
 def evaluate(model: Any, data: Labelled, test: list[str]) -> np.ndarray:
-    """(cases, STRUCTURES + 1): Dice of every structure, then of all together. Every case in one piece."""
+    """(cases, structures + 1): Dice of every structure, then of all together. Every case in one piece."""
     model.eval()
     deep, model.decoder.deep_supervision = model.decoder.deep_supervision, False
     rows = []
@@ -265,7 +267,7 @@ def evaluate(model: Any, data: Labelled, test: list[str]) -> np.ndarray:
         with autocast():
             out = model(padded.contiguous(memory_format=torch.channels_last_3d))
         guess, truth = out[0, :, :i, :j, :k].float().argmax(0).numpy(), data.labels[key]
-        pairs = [(guess == c, truth == c) for c in range(1, STRUCTURES + 1)] + [(guess > 0, truth > 0)]
+        pairs = [(guess == c, truth == c) for c in range(1, data.structures + 1)] + [(guess > 0, truth > 0)]
         rows.append([2 * (a & b).sum() / max(1, a.sum() + b.sum()) for a, b in pairs])
     model.decoder.deep_supervision = deep
     model.train()

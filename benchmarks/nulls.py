@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from light import CPU, Recipe, autocast, network, swapped
@@ -122,7 +121,7 @@ def _regression(fit: Tensor, targets: Tensor, test: Tensor, bins: tuple[int, int
     return waved(test) @ weights
 
 
-def as_row(found: dict[str, Any], name: str) -> str:
-    """A number and its nulls."""
-    parts = [f"{found[name]:.2f}"] + [f"{v:.2f} ({k.split(', ')[1]})" for k, v in found.items() if k.startswith(f"{name}, ")]
-    return " / ".join(parts)
+def with_nulls(found: dict[str, float], name: str) -> str:
+    """A number and, in brackets, its nulls."""
+    nulls = [f"{key.split(', ')[1]} {value:.2f}" for key, value in found.items() if key.startswith(f"{name}, ")]
+    return f"{found[name]:.2f} ({', '.join(nulls)})"
