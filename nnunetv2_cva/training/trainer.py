@@ -301,7 +301,7 @@ class CVATrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         block = self.student.backbone.block
-        ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
+        ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], share=self.data.share)
         torch.manual_seed(torch_seed("network", self.config.seed, batch["step"], self.local_rank))
         try:
             losses = self._step(ready)
