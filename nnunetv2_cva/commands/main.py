@@ -20,6 +20,7 @@ from nnunetv2_cva.commands.options import in_options, options_of
 
 COMMANDS = (
     *("plan", "preprocess", "peek", "train"),
+    *("embed", "look", "probe", "report"),
     *("export", "check", "info", "compare"),
     *("demo", "hook", "env", "trainers", "settings", "doctor", "bench"),
 )
@@ -51,10 +52,8 @@ def _sentence(error: Exception) -> str:
     """The error in one line, with the file that it is about."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        advice = {errno.ENOSPC: " Make room there.", errno.EACCES: " Get permission, or choose another place."}.get(
-            error.errno or 0, ""
-        )
-        return f"{where}{error.strerror}.{advice}"
+        advice = {errno.ENOSPC: " Make room there.", errno.EACCES: " Get permission, or choose another place."}
+        return f"{where}{error.strerror}.{advice.get(error.errno or 0, '')}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
