@@ -12,7 +12,7 @@ from helpers.targets import pretraining, randomised, stock_checkpoint, target
 
 import nnunetv2_cva
 from nnunetv2_cva import CVAConfig, draw_pair, load_network, read_pair
-from nnunetv2_cva.transfer import network as network_module
+from nnunetv2_cva.transfer import target as target_module
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -69,7 +69,7 @@ def test_a_volume_of_another_shape_is_refused():
 def test_every_network_is_loaded_with_every_tensor(tmp_path, monkeypatch, family):
     """From a stock checkpoint, output layer and all; its output is that of the network that was saved."""
     made = target(family, channels=2, classes=3)
-    monkeypatch.setattr(network_module, "trainer_class", lambda name: made.trainer)
+    monkeypatch.setattr(target_module, "trainer_class", lambda name: made.trainer)
     network = randomised(made.build(deep_supervision=False)).eval()
     loaded = load_network(stock_checkpoint(tmp_path / "a.pth", made, network))
     assert all(torch.equal(v, loaded.network.state_dict()[k]) for k, v in network.state_dict().items())

@@ -30,3 +30,12 @@ def test_every_benchmark_is_described():
     parts = {"subjects.py", "timing.py", "made.py", "gpu_items.py", "gpu_report.py", "gpu_steps.py", "gpu_tables.py"}
     scripts = {p.name for p in (ROOT / "benchmarks").glob("*.py")} - parts
     assert {name for name in scripts if name not in text} == set()
+
+
+def test_files_that_developing_names_are_there():
+    text = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.(?:py|md))`", text))
+    assert len(named) > 25
+    assert {name for name in named if not any((ROOT / place / name).exists() for place in ("", "nnunetv2_cva", "docs"))} == {
+        "utils.py"
+    }

@@ -125,7 +125,7 @@ def test_what_nnunet_needs_is_there(folders):
     assert manager.get_label_manager(dataset).foreground_labels == []
     configuration = manager.get_configuration("3d_fullres_cva")
     assert configuration.data_identifier == "nnUNetPlansCVA_3d_fullres_images_only"
-    assert configuration.batch_size == 4 and resolve(CVAConfig(), plans, "3d_fullres_cva", {}).mask_block == 8
+    assert configuration.batch_size == 4 and "mask_block" not in plans["configurations"]["3d_fullres_cva"].get("cva", {})
     splits = json.loads((folder / "splits_final.json").read_text())
     assert len(splits) == 5 and all(len(s["train"]) + len(s["val"]) == 7 for s in splits)
 
@@ -592,14 +592,6 @@ def test_settings_of_an_earlier_plan_do_not_stay(folders, plain, capsys):
     out = capsys.readouterr().out
     assert 'changes of "cva" were kept: head_width removed, epochs 9, seed 3.' in out
     assert 'changes of "cva" were kept: epochs 9, seed 3.' in out
-
-
-def test_the_mask_follows_the_view(folders, plain):
-    _, preprocessed = folders
-    call("-d", 500, "--preset", plain, "--view", 32, 32, 32)
-    assert cva(preprocessed) == {"mask_block": 8}
-    call("-d", 500, "--preset", plain, "--view", 64, 64, 64)
-    assert cva(preprocessed) == {}
 
 
 # ---- the view, and what it takes

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from nnunetv2_cva import __version__
 from nnunetv2_cva.commands.options import in_options, options_of
 
-COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "settings") + (
+COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "compare", "demo", "hook", "env", "trainers") + (
+    "settings",
     "doctor",
     "bench",
 )

@@ -78,7 +78,11 @@ def save_splits(folder: Path, found: Sequence[tuple[str, str]]) -> Path | None:
         if notes["splits"] != _hash(path.read_bytes()):
             moved = next(p for n in range(1, 10**6) if not (p := folder / f"{SPLITS}.bak{n if n > 1 else ''}").exists())
             os.replace(path, moved)
-    write_json(path, splits(found))
+    folds = splits(found)
+    if not folds:
+        path.unlink(missing_ok=True)
+        return moved
+    write_json(path, folds)
     write_json(folder / WRITTEN, {**notes, "splits": _hash(path.read_bytes())})
     return moved
 

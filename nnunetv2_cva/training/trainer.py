@@ -71,6 +71,7 @@ class CVATrainer(nnUNetTrainer):
         self.enable_deep_supervision = False
         self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
+        self.config = self.config.for_view(self.view_size)
         if self.config.gradient_checkpointing and self.device.type == "mps":
             self.config = replace(self.config, gradient_checkpointing=False)
             self.print_to_log_file("gradient_checkpointing is off: torch cannot repeat random draws on mps.")
