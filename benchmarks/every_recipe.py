@@ -30,15 +30,15 @@ CONFIGURATION = "every_recipe"
 
 def recipes() -> list[str]:
     """Names of the pretraining recipes."""
-    from nnunetv2_cva.commands.hook import recipes_folder
-    from nnunetv2_cva.commands.trainers import recipes as listed
+    from nnunetv2_cva.installation.hook import recipes_folder
+    from nnunetv2_cva.installation.recipes import recipes as listed
 
     return [name for name in listed(Path(recipes_folder())) if "Finetune" not in name]
 
 
 def configure(folder: Path) -> None:
     """Add the configuration, and let nnU-Net find the recipes."""
-    from nnunetv2_cva.commands.hook import recipes_folder
+    from nnunetv2_cva.installation.hook import recipes_folder
 
     file = folder / "pre" / NAME / f"{PLANS}.json"
     plans = json.loads(file.read_text())

@@ -165,7 +165,7 @@ def main() -> None:
         for arm in ARMS:
             if any(r["arm"] == arm and r["repeat"] == repeat for r in rows):
                 continue
-            dice = finetune(arm, weights, repeat, *args.finetune, test)
+            dice = finetune(arm, weights, repeat, *args.finetune, test=test)
             rows.append({"arm": arm, "repeat": repeat, "dice": dice})
             with open(results, "a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")

@@ -105,7 +105,7 @@ def train(row: str, family: str, seed: int, iterations: int) -> Any:
 def agreement(trainer: Any, keys: list[str]) -> dict[str, float]:
     """The encoder's features of pairs of views: do corresponding bins agree, and do bins differ?"""
     from nnunetv2_cva.config import CVAConfig
-    from nnunetv2_cva.training.monitor import collapse_metrics, pair_metrics, standardised
+    from nnunetv2_cva.training.metrics import collapse_metrics, pair_metrics, standardised
     from nnunetv2_cva.training.objective import by_view, prepare
     from nnunetv2_cva.views.loader import Cases, PairDataset
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnunetv2_cva.config import CVAConfig, resolve
-from nnunetv2_cva.datasets.plan import from_preset, presets
+from nnunetv2_cva.datasets.nnunet_plans import from_preset, presets
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
 from nnunetv2_cva.training.checkpoint import Run
 from nnunetv2_cva.training.objective import Prepared

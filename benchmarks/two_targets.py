@@ -22,7 +22,7 @@ from time import perf_counter
 
 import torch
 
-from nnunetv2_cva.commands.hook import recipes_folder
+from nnunetv2_cva.installation.hook import recipes_folder
 
 HEADS, SOURCE = "Dataset100_HeadMR", "Dataset200_Head"
 PLANS, CONFIGURATION = "nnUNetResEncUNetMPlans", "small"

@@ -1,32 +1,40 @@
-"""The numbers of the method: one frozen dataclass, and where its values come from.
+"""The numbers of the method and of fine-tuning: two frozen dataclasses. Where values come from: ``settings.py``.
 
-View size, cases per step, spacing and normalisation belong to nnU-Net's plans. Everything else is a field of
-:class:`CVAConfig`. Values are taken from, later wins:
-
-1. the recipe (``config = CVAConfig(...)`` of the trainer class),
-2. ``configurations[name]["cva"]`` of the plans file, merged key by key along ``inherits_from``,
-3. the environment variable ``nnUNet_cva`` (JSON), for throw-away runs.
+View size, cases per step, spacing and normalisation belong to nnU-Net's plans. Everything else is a field here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
-ENVIRONMENT_VARIABLE = "nnUNet_cva"
-SUFFIX = "_cva"  # of the name of a configuration for pretraining, which inherits from the one that is fine-tuned
-
-# What a resumed run may change without becoming another run.
-MAY_CHANGE_ON_RESUME = frozenset(
-    ("epochs", "init_from", "workers", "prefetch", "precision", "tf32", "channels_last", "fused_optimizer")
-    + ("gradient_checkpointing", "checkpoint_minutes", "check_seconds")
+from nnunetv2_cva.settings import (
+    COUNT,
+    FRACTIONS,
+    INTERVAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    PROBABILITY,
+    Range,
+    Settings,
+    check_resumable,
+    explained,
+    resolve,
+    setting,
 )
+
+__all__ = ["CVAConfig", "FinetuneConfig", "PRIMUS", "check_resumable", "document", "explanations", "resolve"]
+
+MASK_BLOCKS, LEAST_BLOCKS = (16, 8, 4), 32  # edges in voxels, the paper's first; of a view
+MAX_WARMUP_EPOCHS = 50  # of a fine-tuning, unless set
+
+_BELOW_ONE = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
+_BETAS = Range("two numbers in [0, 1)", lambda v: all(0 <= b < 1 for b in v))
+_COUNT_OR_NULL = Range("null or an integer >= 0", lambda v: v is None or v >= 0)
 
 # The paper's optimisation of Primus-M (its U-Nets have the defaults of CVAConfig), and half of the memory for some of the time.
 PRIMUS: dict[str, Any] = {
@@ -41,90 +49,151 @@ PRIMUS: dict[str, Any] = {
 }
 
 
+def _group(name: str) -> Callable[..., Any]:
+    return partial(setting, group=name)
+
+
+_views = _group("Two views of a case")
+_intensity = _group("Intensities: low resolution is drawn per case, the rest per view")
+_mask = _group("Masking")
+_heads = _group("Alignment and heads")
+_loss = _group("Losses; a weight of 0 removes the loss and everything only it needs")
+_optimisation = _group("Optimisation")
+_run = _group("The run")
+_machine = partial(_run, may_change=True)
+
+
 @dataclass(frozen=True)
-class CVAConfig:
+class CVAConfig(Settings):
     """Everything of the method that is not in nnU-Net's plans. Defaults: the paper's MAE+CVA+Cont on U-Nets.
 
     Lengths are in voxels of the preprocessed case, probabilities in [0, 1]; ``*_p`` is how often a transform is applied.
     ``(low, high)`` pairs are ranges of a uniform draw.
     """
 
-    # Two views of a case
-    overlap: tuple[float, float] = (0.4, 0.8)  # volume fraction of a view that the other one also contains
-    spatial: Literal["shared", "independent"] = "shared"  # mirroring and scale: the same for both views (paper) or not
-    padding: float = 0.25  # how far a view may reach out of the case, in fractions of its extent
-    mirror_p: float = 0.5  # per axis
-    rotation_p: float = 0.2
-    rotation_degrees: float = 30.0  # about each axis, both directions
-    scale_p: float = 0.2
-    scale_range: tuple[float, float] = (0.7, 1.4)  # extent read from the case / extent of the view
-    max_air: float = 0.8  # a pair whose shared region holds more air than this is drawn again; 1: never
+    BLOCK: ClassVar[str] = "cva"
+    VARIABLE: ClassVar[str] = "nnUNet_cva"
+    RENAMED: ClassVar[dict[str, str]] = {"probe_cases": "watched_cases"}
 
-    # Intensities: low resolution is drawn per case, the rest per view
-    low_resolution_p: float = 0.1
-    low_resolution_zoom: tuple[float, float] = (0.5, 1.0)
-    noise_p: float = 0.1
-    noise_sigma: tuple[float, float] = (0.0, 0.1)  # batchgeneratorsv2 calls it variance and uses it as sigma
-    blur_p: float = 0.2
-    blur_channel_p: float = 0.5
-    blur_sigma: tuple[float, float] = (0.5, 1.0)
-    brightness_p: float = 0.15
-    brightness_range: tuple[float, float] = (0.75, 1.25)
-    contrast_p: float = 0.15
-    contrast_range: tuple[float, float] = (0.75, 1.25)
-    inverted_gamma_p: float = 0.1
-    gamma_p: float = 0.3
-    gamma_range: tuple[float, float] = (0.7, 1.5)
+    overlap: tuple[float, float] = _views((0.4, 0.8), "volume fraction of a view that the other one also contains", FRACTIONS)
+    spatial: Literal["shared", "independent"] = _views(
+        "shared", "mirroring and scale: the same for both views (paper) or drawn for each"
+    )
+    padding: float = _views(
+        0.25,
+        "how far a view may reach out of the case, in fractions of its extent",
+        Range("0 <= padding < 0.5", lambda v: 0 <= v < 0.5),
+    )
+    mirror_p: float = _views(0.5, "mirroring, per axis", PROBABILITY)
+    rotation_p: float = _views(0.2, "rotation, the same for both views", PROBABILITY)
+    rotation_degrees: float = _views(
+        30.0, "largest angle about each axis, in both directions", Range("0 to 45 degrees", lambda v: 0 <= v <= 45)
+    )
+    scale_p: float = _views(0.2, "scaling", PROBABILITY)
+    scale_range: tuple[float, float] = _views((0.7, 1.4), "extent read from the case / extent of the view", INTERVAL)
+    max_air: float = _views(
+        0.8,
+        "a pair whose shared region holds more air than this is drawn again; 1: never",
+        Range("0 < max_air <= 1", lambda v: 0 < v <= 1),
+    )
 
-    # Masking
-    mask_ratio: float = 0.75
-    mask_block: int = 16  # U-Nets; Primus hides its own tokens
+    low_resolution_p: float = _intensity(0.1, "low resolution: shrink and enlarge again", PROBABILITY)
+    low_resolution_zoom: tuple[float, float] = _intensity((0.5, 1.0), "to which fraction of the size", FRACTIONS)
+    noise_p: float = _intensity(0.1, "Gaussian noise", PROBABILITY)
+    noise_sigma: tuple[float, float] = _intensity(
+        (0.0, 0.1),
+        "its standard deviation (batchgeneratorsv2 calls it variance and uses it as this)",
+        Range("0 <= low <= high", lambda v: 0 <= v[0] <= v[1]),
+    )
+    blur_p: float = _intensity(0.2, "Gaussian blur", PROBABILITY)
+    blur_channel_p: float = _intensity(0.5, "of a blurred view, how often a channel is", PROBABILITY)
+    blur_sigma: tuple[float, float] = _intensity((0.5, 1.0), "its width in voxels", INTERVAL)
+    brightness_p: float = _intensity(0.15, "brightness", PROBABILITY)
+    brightness_range: tuple[float, float] = _intensity((0.75, 1.25), "factor", INTERVAL)
+    contrast_p: float = _intensity(0.15, "contrast", PROBABILITY)
+    contrast_range: tuple[float, float] = _intensity((0.75, 1.25), "factor about the mean", INTERVAL)
+    inverted_gamma_p: float = _intensity(0.1, "gamma on the inverted image", PROBABILITY)
+    gamma_p: float = _intensity(0.3, "gamma", PROBABILITY)
+    gamma_range: tuple[float, float] = _intensity((0.7, 1.5), "exponent; mean and standard deviation are kept", INTERVAL)
 
-    # Alignment and heads
-    roi_size: tuple[int, int, int] = (7, 7, 7)
-    head_width: int = 2048
-    predictor_width: int = 512
+    mask_ratio: float = _mask(0.75, "share of the blocks that is hidden", _BELOW_ONE)
+    mask_block: int | None = _mask(
+        None,
+        "edge of a block in voxels, U-Nets; null: 16, or 8 or 4 where a view has fewer than 32 such blocks",
+        Range("null or a positive integer", lambda v: v is None or v >= 1),
+    )
 
-    # Losses; a weight of 0 removes the loss and everything only it needs
-    reconstruction_weight: float = 5.0
-    consistency_weight: float = 1.0
-    consistency: Literal["cosine", "nt_xent", "gram"] = "cosine"
-    contrastive_weight: float = 0.1
-    temperature: float = 0.5
-    teacher_momentum: float = 0.995
+    roi_size: tuple[int, int, int] = _heads(
+        (7, 7, 7), "bins along each axis of the shared region", Range("three positive integers", lambda v: min(v) >= 1)
+    )
+    head_width: int = _heads(2048, "width of the projector and of embeddings", POSITIVE_INTEGER)
+    predictor_width: int = _heads(512, "width of the predictor's hidden layer", POSITIVE_INTEGER)
 
-    # Optimisation
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 1e-2
-    weight_decay: float = 3e-5
-    momentum: float = 0.99  # sgd, Nesterov
-    betas: tuple[float, float] = (0.9, 0.98)  # adamw
-    gradient_clip: float = 12.0
-    warmup_epochs: int = 0
-    epochs: int = 250
-    iterations_per_epoch: int = 250
+    reconstruction_weight: float = _loss(5.0, "weight of the reconstruction of hidden voxels", NOT_NEGATIVE)
+    consistency_weight: float = _loss(1.0, "weight of the consistency of corresponding bins", NOT_NEGATIVE)
+    consistency: Literal["cosine", "nt_xent", "gram"] = _loss("cosine", "which consistency: CVA, C-CVA or Gram matrices")
+    contrastive_weight: float = _loss(0.1, "weight of the contrast of images (NT-Xent)", NOT_NEGATIVE)
+    temperature: float = _loss(0.5, "of NT-Xent", POSITIVE)
+    teacher_momentum: float = _loss(
+        0.995, "share of the teacher that stays in a step", Range("0 <= teacher_momentum <= 1", lambda v: 0 <= v <= 1)
+    )
 
-    # The run
-    init_from: str | None = None  # a checkpoint of ours, nnU-Net, nnssl or OpenMind to start from; adapted where it must be
-    seed: int = 0
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    tf32: bool = True  # float32 convolutions, as in torch; matrix products stay exact, which RoIAlign needs
-    channels_last: bool = False  # memory format of convolutions
-    fused_optimizer: bool = True  # one kernel for all parameters, on CUDA
-    # Kept for the backward pass: false: everything; true: what enters a block; "selective": also convolutions, matrix
-    # products and attention. The rest is computed again.
-    gradient_checkpointing: bool | Literal["selective"] = False
-    sampling: Literal["cases", "datasets", "sqrt"] = "cases"  # drawn alike: cases; datasets; datasets by the root of their size
-    workers: int | None = None  # None: from nnUNet_n_proc_DA, else from the cores this process may use
-    prefetch: int = 2  # steps that each worker prepares ahead
-    checkpoint_minutes: float = 15.0
-    probe_cases: int = 8  # cases kept back as fixed probe pairs when fold is "all"
-    check_seconds: float = 60.0  # how long voxels are checked for NaN/Inf before training; the rest when they are read
+    optimizer: Literal["sgd", "adamw"] = _optimisation("sgd", "SGD with Nesterov momentum, or AdamW")
+    learning_rate: float = _optimisation(1e-2, "its highest value; polynomial decay to 0", POSITIVE)
+    weight_decay: float = _optimisation(3e-5, "pull of the weights towards 0", NOT_NEGATIVE)
+    momentum: float = _optimisation(0.99, "of SGD", _BELOW_ONE)
+    betas: tuple[float, float] = _optimisation((0.9, 0.98), "of AdamW", _BETAS)
+    gradient_clip: float = _optimisation(12.0, "largest norm of a step's gradient", POSITIVE)
+    warmup_epochs: int = _optimisation(0, "epochs of linearly rising learning rate", COUNT)
+    epochs: int = _optimisation(250, "length of the training", POSITIVE_INTEGER, may_change=True)
+    iterations_per_epoch: int = _optimisation(250, "steps of an epoch", POSITIVE_INTEGER)
+
+    init_from: str | None = _machine(
+        None,
+        "a checkpoint of this package, nnU-Net, nnssl or OpenMind to start from; adapted where it must be",
+        Range("null or the path of a checkpoint", lambda v: v is None or v.strip() != ""),
+    )
+    seed: int = _run(0, "everything random follows from it", COUNT)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _machine("auto", "auto: bf16 or fp16 on CUDA, else fp32")
+    tf32: bool = _machine(True, "float32 convolutions in TF32, as in torch; matrix products stay exact, which RoIAlign needs")
+    channels_last: bool = _machine(False, "memory format of convolutions")
+    fused_optimizer: bool = _machine(True, "one kernel for all parameters, on CUDA")
+    attention: Literal["auto", "flash", "cudnn", "efficient"] = _machine(
+        "auto", "kernel of attention where it can, on CUDA in reduced precision; auto: the fastest, tried when a training starts"
+    )
+    gradient_checkpointing: bool | Literal["selective"] = _machine(
+        False,
+        "kept for the backward pass: false: everything; true: what enters a block; selective: also convolutions, matrix products "
+        "and attention; the rest is computed again",
+    )
+    sampling: Literal["cases", "datasets", "sqrt"] = _run(
+        "cases", "drawn alike: cases; datasets; datasets by the root of their size"
+    )
+    workers: int | None = _machine(
+        None, "processes that load; null: from nnUNet_n_proc_DA, else from the cores this process may use", _COUNT_OR_NULL
+    )
+    prefetch: int = _machine(2, "steps that each worker prepares ahead", POSITIVE_INTEGER)
+    checkpoint_minutes: float = _machine(15.0, "time between checkpoints, as far as epochs end", POSITIVE)
+    watched_cases: int = _run(8, 'cases kept back when fold is "all", whose pairs show how training goes', POSITIVE_INTEGER)
+    check_seconds: float = _machine(
+        60.0, "how long voxels are checked for NaN/Inf before training; the rest when they are read", NOT_NEGATIVE
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), typing.get_type_hints(type(self))[field.name])
-        _check_ranges(self)
+        super().__post_init__()
+        if self.reconstruction_weight + self.consistency_weight + self.contrastive_weight == 0:
+            raise ValueError("reconstruction_weight, consistency_weight and contrastive_weight are all 0: nothing to train.")
+
+    def block_edge(self, view: Sequence[int]) -> int:
+        """``mask_block``, or as a view of this size asks for."""
+        if self.mask_block is not None:
+            return self.mask_block
+        edges = (e for e in MASK_BLOCKS if math.prod(-(-n // e) for n in view) >= LEAST_BLOCKS)
+        return next(edges, MASK_BLOCKS[-1])
+
+    def for_view(self, view: Sequence[int]) -> CVAConfig:
+        """With ``mask_block`` set."""
+        return replace(self, mask_block=self.block_edge(view))
 
     @property
     def needs_second_view(self) -> bool:
@@ -133,145 +202,94 @@ class CVAConfig:
 
     @property
     def needs_heads(self) -> bool:
-        """Whether projector, predictor and teacher exist."""
+        """Whether projector and predictor exist."""
         return self.needs_second_view
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types only (lists instead of tuples), as stored in checkpoints and ``cva_config.json``."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is a teacher; an objective that compares the student with itself needs none."""
+        return self.needs_heads
 
-    def updated(self, values: Mapping[str, Any], origin: str) -> CVAConfig:
-        """A copy with ``values`` set; lists become tuples.
-
-        Raises:
-            ValueError: unknown key, wrong type or value out of range; names the key and ``origin``.
-        """
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{origin}: expected an object of settings, found {type(values).__name__} {values!r}.")
-        known = {f.name for f in dataclasses.fields(self)}
-        for key in values:
-            if key not in known:
-                raise ValueError(f"{origin}: unknown setting {key!r}. Valid settings: {', '.join(sorted(known))}.")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            return dataclasses.replace(self, **plain)
-        except ValueError as e:
-            raise ValueError(f"{origin}: {e}") from None
+    @property
+    def warmup(self) -> int:
+        """Epochs of warm-up."""
+        return self.warmup_epochs
 
 
-def resolve(recipe: CVAConfig, plans: Mapping[str, Any], configuration: str, environment: Mapping[str, str]) -> CVAConfig:
-    """The configuration of a run: recipe < plans < environment (see the module's docstring).
+@dataclass(frozen=True)
+class FinetuneConfig(Settings):
+    """What a fine-tuning has that nnU-Net's trainers have not. Clipping is in their training step: 12 for U-Nets, 1 for Primus.
+
+    The block is not called "cva", which plans copied from the pretraining may hold.
+    """
+
+    BLOCK: ClassVar[str] = "cva_finetune"
+    VARIABLE: ClassVar[str] = "nnUNet_cva_finetune"
+
+    epochs: int = setting(1000, "length of the training", POSITIVE_INTEGER)
+    warmup_epochs: int | None = setting(
+        None, f"epochs of linearly rising learning rate; null: a tenth of epochs, at most {MAX_WARMUP_EPOCHS}", _COUNT_OR_NULL
+    )
+    iterations_per_epoch: int = setting(250, "steps of an epoch", POSITIVE_INTEGER)
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD with Nesterov momentum, or AdamW")
+    learning_rate: float = setting(1e-3, "its highest value; polynomial decay to 0", POSITIVE)
+    weight_decay: float = setting(3e-5, "pull of the weights towards 0", NOT_NEGATIVE)
+    momentum: float = setting(0.99, "of SGD", _BELOW_ONE)
+    betas: tuple[float, float] = setting((0.9, 0.98), "of AdamW", _BETAS)
+    fused_optimizer: ClassVar[bool] = True
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of warm-up."""
+        return min(MAX_WARMUP_EPOCHS, self.epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
+
+
+def explanations(beginning: str = "", markdown: bool = False) -> list[str]:
+    """Every setting whose name begins so: a line with name, default and range, and one with what it means. ``markdown``: the
+    whole ``docs/settings.md`` instead.
 
     Raises:
-        ValueError: a bad value anywhere; the message names the key and where it came from.
+        ValueError: there is none.
     """
-    config = recipe
-    for name in _inheritance(plans, configuration):
-        block = plans["configurations"][name].get("cva")
-        if block is not None:
-            config = config.updated(block, f'plans file, configurations["{name}"]["cva"]')
-    text = environment.get(ENVIRONMENT_VARIABLE, "").strip()
-    if text:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise ValueError(
-                f"environment variable {ENVIRONMENT_VARIABLE}: expected JSON such as '{{\"epochs\": 10}}', found {text!r} ({e})."
-            ) from None
-        config = config.updated(values, f"environment variable {ENVIRONMENT_VARIABLE}")
-    return config
+    if markdown:
+        return document()
+    lines = []
+    for config in (CVAConfig(), FinetuneConfig()):
+        found = [s for s in explained(config) if s.name.startswith(beginning)]
+        if found:
+            lines += [f'"{config.BLOCK}" of a configuration in the plans, or {config.VARIABLE}:']
+        for s in found:
+            lines += [
+                f"  {s.name} = {s.default}  ({s.expected})",
+                f"      {s.meaning}{'' if s.fixed else ' [may change when a run is continued]'}",
+            ]
+    if not lines:
+        known = dict.fromkeys(s.name for config in (CVAConfig(), FinetuneConfig()) for s in explained(config))
+        raise ValueError(f"No setting begins with {beginning!r}. There are: {', '.join(known)}.")
+    return lines
 
 
-def check_resumable(saved: Mapping[str, Any], now: CVAConfig) -> CVAConfig:
-    """The checkpoint's configuration with the settings that may change taken from ``now``.
-
-    Raises:
-        ValueError: another setting differs; names every such key with both values.
-    """
-    before, after = dict(saved), now.as_dict()
-    changed = [k for k in after if k not in MAY_CHANGE_ON_RESUME and before.get(k, after[k]) != after[k]]
-    if changed:
-        listing = "; ".join(f"{k}: {before[k]!r} in the checkpoint, {after[k]!r} now" for k in changed)
-        raise ValueError(
-            f"Cannot resume with other settings than the checkpoint's ({listing}). Restore them in the plans file or in "
-            f"{ENVIRONMENT_VARIABLE}, or start a new training without --c."
-        )
-    kept = {k: v for k, v in before.items() if k in after and k not in MAY_CHANGE_ON_RESUME}
-    return now.updated(kept, "checkpoint")
-
-
-def _inheritance(plans: Mapping[str, Any], configuration: str) -> list[str]:
-    """Configuration names from the root of ``inherits_from`` to ``configuration`` (nnU-Net has checked for cycles)."""
-    chain = [configuration]
-    while "inherits_from" in plans["configurations"][chain[0]]:
-        chain.insert(0, plans["configurations"][chain[0]]["inherits_from"])
-    return chain
-
-
-def _check_type(name: str, value: Any, expected: Any) -> None:
-    if not _has_type(value, expected):
-        raise ValueError(f"{name}: expected {_type_name(expected)}, found {value!r}.")
-
-
-def _has_type(value: Any, expected: Any) -> bool:
-    origin = typing.get_origin(expected)
-    if origin is Literal:
-        return value in typing.get_args(expected)
-    if origin is tuple:
-        args = typing.get_args(expected)
-        return isinstance(value, tuple) and len(value) == len(args) and all(map(_has_type, value, args))
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, a) for a in typing.get_args(expected))
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _type_name(expected: Any) -> str:
-    origin = typing.get_origin(expected)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(expected))
-    if origin is tuple:
-        return "[" + ", ".join(_type_name(a) for a in typing.get_args(expected)) + "]"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in typing.get_args(expected))
-    return "null" if expected is type(None) else {"bool": "true or false"}.get(expected.__name__, expected.__name__)
-
-
-def _check_ranges(c: CVAConfig) -> None:
-    """Raise ValueError for the first value out of range."""
-
-    def need(name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}: expected {expected}, found {getattr(c, name)!r}.")
-
-    for name in (f.name for f in dataclasses.fields(c) if f.name.endswith("_p")):
-        need(name, 0 <= getattr(c, name) <= 1, "a probability in [0, 1]")
-    for name in ("scale_range", "brightness_range", "contrast_range", "gamma_range", "blur_sigma"):
-        low, high = getattr(c, name)
-        need(name, 0 < low <= high, "0 < low <= high")
-    need("noise_sigma", 0 <= c.noise_sigma[0] <= c.noise_sigma[1], "0 <= low <= high")
-    need("low_resolution_zoom", 0 < c.low_resolution_zoom[0] <= c.low_resolution_zoom[1] <= 1, "0 < low <= high <= 1")
-    need("overlap", 0 < c.overlap[0] <= c.overlap[1] <= 1, "0 < low <= high <= 1")
-    need("padding", 0 <= c.padding < 0.5, "0 <= padding < 0.5")
-    need("rotation_degrees", 0 <= c.rotation_degrees <= 45, "0 to 45 degrees")
-    need("max_air", 0 < c.max_air <= 1, "0 < max_air <= 1")
-    need("mask_ratio", 0 <= c.mask_ratio < 1, "0 <= mask_ratio < 1")
-    need("roi_size", all(r >= 1 for r in c.roi_size), "three positive integers")
-    need("betas", all(0 <= b < 1 for b in c.betas), "two numbers in [0, 1)")
-    for name in ("mask_block", "head_width", "predictor_width", "epochs", "iterations_per_epoch", "prefetch", "probe_cases"):
-        need(name, getattr(c, name) >= 1, "a positive integer")
-    for name in ("temperature", "learning_rate", "gradient_clip", "checkpoint_minutes"):
-        need(name, getattr(c, name) > 0, "a positive number")
-    for name in ("reconstruction_weight", "consistency_weight", "contrastive_weight", "weight_decay", "check_seconds"):
-        need(name, getattr(c, name) >= 0, "a number >= 0")
-    for name in ("warmup_epochs", "seed"):
-        need(name, getattr(c, name) >= 0, "an integer >= 0")
-    need("teacher_momentum", 0 <= c.teacher_momentum <= 1, "0 <= teacher_momentum <= 1")
-    need("momentum", 0 <= c.momentum < 1, "0 <= momentum < 1")
-    need("init_from", c.init_from is None or c.init_from.strip() != "", "null or the path of a checkpoint")
-    need("workers", c.workers is None or c.workers >= 0, "null or an integer >= 0")
-    if c.reconstruction_weight + c.consistency_weight + c.contrastive_weight == 0:
-        raise ValueError("reconstruction_weight, consistency_weight and contrastive_weight are all 0: nothing to train.")
+def document() -> list[str]:
+    """``docs/settings.md``, line by line."""
+    lines = [
+        "# Settings",
+        "",
+        "Written by `nnUNetv2_cva settings` as Markdown: change `nnunetv2_cva/config.py` instead. Defaults are those of",
+        "`nnUNetTrainerCVA`, the paper's MAE+CVA+Cont on U-Nets. Later wins: the recipe, the block of the plans' configuration",
+        "(setting by setting along `inherits_from`), the environment variable (JSON). View size and cases per step are the",
+        "configuration's `patch_size` and `batch_size`. A run that is continued may change what is marked *.",
+    ]
+    for config, title in ((CVAConfig(), "Pretraining"), (FinetuneConfig(), "Fine-tuning")):
+        lines += ["", f"## {title}: block `{config.BLOCK}`, environment variable `{config.VARIABLE}`"]
+        group = None
+        for s in explained(config):
+            if s.group != group:
+                group = s.group
+                lines += [
+                    "",
+                    *([f"### {group}", ""] if group else []),
+                    "| setting | default | expected | meaning |",
+                    "|---|---|---|---|",
+                ]
+            lines.append(f"| `{s.name}`{'' if s.fixed else ' *'} | `{s.default}` | {s.expected} | {s.meaning} |")
+    return lines

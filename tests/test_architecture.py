@@ -1,6 +1,7 @@
 """The rules of the structure, read from the source without importing it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,18 @@ PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
     {"files", "nnunet", "sizes", "seeding"},
+    {"settings", "installation"},
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
     {"seeing"},
     {"training"},
+    {"comparing", "peek"},
     {"demo"},
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-WITHOUT_NNUNET = {"files", "nnunet", "sizes", "config", "distributed", "seeding", "views", "model", "losses"}
+WITHOUT_NNUNET = set().union(*LAYERS[:4])
 
 
 def sources(*folders):
@@ -74,6 +77,80 @@ def complaints_about_recipes(path, text):
 
 def prints(text):
     return [n.lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+
+
+# Commands that still hold more than arguments and printing.
+NOT_YET_THIN = {"check", "export", "info"}
+# Layers below commands whose messages still name options.
+NAMING_OPTIONS = {"transfer", "training", "model"} | {"demo", "installation"}  # these two show commands
+OTHER_PROGRAMS = {"-e", "--shm-size", "--ipc"}  # of pip and Docker
+OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+
+
+def library_calls(text):
+    """Names that functions of a module of commands import from the layers below: functions, for types begin with a capital."""
+    for function in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)):
+        for node in (n for n in ast.walk(function) if isinstance(n, ast.ImportFrom)):
+            if (node.module or "").startswith(f"{PACKAGE}.") and not node.module.startswith(f"{PACKAGE}.commands"):
+                yield from (alias.name for alias in node.names if not alias.name[0].isupper())
+
+
+def options_in_messages(text):
+    """Options of commands in what a module says: its strings, without docstrings and what nnU-Net is called with."""
+    tree = ast.parse(text)
+    docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from (option for option in OPTION.findall(node.value) if option not in OTHER_PROGRAMS)
+
+
+def test_a_command_calls_one_function_of_the_layers_below():
+    commands = [p for p in sources(f"{PACKAGE}/commands") if p.stem not in NOT_YET_THIN]
+    called = {p.stem: sorted(set(library_calls(p.read_text("utf-8")))) for p in commands}
+    assert not {name: names for name, names in called.items() if len(names) > 1}
+    assert called["plan"] == ["plan"]
+
+
+def test_messages_below_the_commands_name_no_options():
+    """Lines to paste are the exception: they are commands."""
+    below = [p for p in sources(PACKAGE) if unit_of(p) not in {None, "commands", *NAMING_OPTIONS} and p.stem != "next_steps"]
+    assert not {str(p): found for p in below if (found := list(options_in_messages(p.read_text("utf-8"))))}
+
+
+def test_a_command_that_thinks_and_a_message_with_an_option_are_found():
+    imports = ("nnunetv2_cva.datasets.planning import Request, plan", "nnunetv2_cva.files import read_json")
+    text = "def run(args):\n" + "".join(f"    from {line}\n" for line in imports)
+    assert list(library_calls(text)) == ["plan", "read_json"]
+    text = 'def f():\n    """As --fast."""\n    raise ValueError(f\'{x}: give --hold-out, or -d; a well-known x-y\')'
+    assert list(options_in_messages(text)) == ["--hold-out", "-d"]
+
+
+def circles(imports):
+    """Modules that import each other, however many steps away. ``imports``: module -> modules."""
+
+    def reached(start):
+        seen, todo = set(), [start]
+        while todo:
+            new = imports.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return sorted(module for module in imports if module in reached(module))
+
+
+def test_no_module_imports_itself_however_many_steps_away():
+    """At run time: what is imported for types alone does not count."""
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources(PACKAGE)}
+    imports = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)):
+            node.body = [ast.Pass()]
+        names = set(imported(tree, module))
+        imports[module] = {n for name in names for n in (name, name.rpartition(".")[0]) if n in modules and n != PACKAGE}
+    assert circles(imports) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 def test_every_unit_has_a_layer():

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_cva import __version__, commands
-from nnunetv2_cva.commands import env, hook, main
+from nnunetv2_cva.commands import hook as hook_command
+from nnunetv2_cva.commands import main
+from nnunetv2_cva.installation import hook
 
 
 def call(*arguments):
@@ -20,14 +22,15 @@ def call(*arguments):
 
 def test_every_module_with_help_is_a_command_and_the_reverse():
     modules = {p.stem for p in Path(commands.__path__[0]).glob("*.py") if "\nHELP = " in p.read_text("utf-8")}
-    assert modules == set(main.COMMANDS)
+    assert modules == {main.WITHIN.get(name, name) for name in main.COMMANDS}
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_a_command_has_help_arguments_and_run(name):
-    module = importlib.import_module(f"nnunetv2_cva.commands.{name}")
-    assert isinstance(module.HELP, str) and module.HELP.endswith(".") and callable(module.run)
-    module.add_arguments(argparse.ArgumentParser())
+    module = importlib.import_module(f"nnunetv2_cva.commands.{main.WITHIN.get(name, name)}")
+    command = getattr(module, name) if name in main.WITHIN else module
+    assert isinstance(command.HELP, str) and command.HELP.endswith(".") and callable(command.run)
+    command.add_arguments(argparse.ArgumentParser())
 
 
 def test_help_names_every_command_without_importing_torch():
@@ -46,7 +49,7 @@ def test_only_the_named_command_is_imported(monkeypatch):
     real = importlib.import_module
     monkeypatch.setattr(main.importlib, "import_module", lambda name: wanted.append(name) or real(name))
     main.make_parser(["env"])
-    assert wanted == ["nnunetv2_cva.commands.env"]
+    assert wanted == ["nnunetv2_cva.commands.hook"]
 
 
 def test_version(capsys):
@@ -65,13 +68,13 @@ def test_a_users_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
     def run(args):
         raise ValueError("Expected 3,\n   found 4.")
 
-    monkeypatch.setattr(env, "run", run)
+    monkeypatch.setattr(hook_command.env, "run", run)
     assert call("env") == 2
     assert capsys.readouterr() == ("", "nnUNetv2_cva: error: Expected 3, found 4.\n")
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(env, "run", lambda args: {}["bug"])
+    monkeypatch.setattr(hook_command.env, "run", lambda args: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         call("env")
 
@@ -80,7 +83,7 @@ def test_interrupting_is_no_traceback(monkeypatch, capsys):
     def run(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(env, "run", run)
+    monkeypatch.setattr(hook_command.env, "run", run)
     assert call("env") == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -14,22 +14,19 @@ from nnunetv2_cva.commands import demo
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.demo import anatomy
 from nnunetv2_cva.demo.pictures import draw_pair_figure
-from nnunetv2_cva.demo.report import dice_table, features_table
+from nnunetv2_cva.demo.results import dice_table, features_table
 from nnunetv2_cva.demo.workspace import FILES, FOLDERS, Workspace, environment, output_to
 from nnunetv2_cva.views.geometry import draw_pair
 
 SMALL = """
 import sys
 from pathlib import Path
-from nnunetv2_cva.commands.demo import play
-from nnunetv2_cva.demo.pipeline import Size
-from nnunetv2_cva.demo.workspace import Workspace
+from nnunetv2_cva.commands.demo import Steps
+from nnunetv2_cva.demo.flow import Size, play
 
 if __name__ == "__main__":
-    workspace = Workspace(Path(sys.argv[1]))
-    workspace.claim(overwrite=False)
     size = Size(images=6, labelled=2, test=2, pretraining=(2, 2), fine_tuning=(1, 2))
-    sys.exit(play(workspace, size, 0, "cpu"))
+    sys.exit(play(Path(sys.argv[1]), 0, "cpu", False, Steps, size))
 """
 
 
@@ -95,7 +92,7 @@ def test_the_dataset_is_in_nnunets_raw_layout(tmp_path):
 
 def test_somebody_elses_folder_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty and was not made by the demo.*--folder.*--overwrite"):
+    with pytest.raises(ValueError, match="not empty and was not made by the demo.*`folder`.*`overwrite`"):
         demo.run(arguments(folder=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -127,7 +124,7 @@ def test_an_earlier_demo_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [({"device": "mps"}, "--device mps: torch .* finds no such device"), ({"seed": -1}, "--seed: expected a number >= 0")],
+    [({"device": "mps"}, "`device` mps: torch .* finds no such device"), ({"seed": -1}, "`seed`: expected a number >= 0")],
 )
 def test_arguments_that_cannot_be_met_leave_no_folder(given, match, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
@@ -216,7 +213,7 @@ def test_a_step_that_fails_shows_the_log_and_where_it_is(tmp_path, monkeypatch, 
         print("something that nnU-Net said")
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr("nnunetv2_cva.commands.demo.prepare", fail)
+    monkeypatch.setattr("nnunetv2_cva.demo.flow.prepare", fail)
     assert demo.run(arguments(folder=str(tmp_path / "demo"))) == 1
     out = capfd.readouterr().out
     for expected in ("no luck", "something that nnU-Net said", str(tmp_path / "demo" / "demo.log")):
@@ -225,12 +222,12 @@ def test_a_step_that_fails_shows_the_log_and_where_it_is(tmp_path, monkeypatch, 
 
 
 def test_an_interrupted_demo_says_so_and_starts_over(tmp_path, monkeypatch, capfd):
-    def interrupt(workspace, size, seed, device, stage):
-        with stage.step("data", 2, "Images") as tick:
+    def interrupt(workspace, size, seed, device, screen):
+        with screen.step("data", 2, "Images") as tick:
             tick()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("nnunetv2_cva.commands.demo.train_and_compare", interrupt)
+    monkeypatch.setattr("nnunetv2_cva.demo.flow.train_and_compare", interrupt)
     assert demo.run(arguments(folder=str(tmp_path / "demo"))) == 130
     assert "Interrupted in step 1 of 6 (data)" in capfd.readouterr().out
     assert demo.run(arguments(folder=str(tmp_path / "demo"))) == 130

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_cva.commands import doctor, hook
+from nnunetv2_cva.commands import doctor as command
+from nnunetv2_cva.installation import doctor, hook
 
 FACTS = {"torch": "2.8.0", "built_for": None, "cuda": False, "mps": False, "triton": False, "torchvision": "0.23.0"}
 HEALTHY = {**FACTS, "agree": True, "timm": "1.0.22"}
@@ -51,7 +52,7 @@ def failed(stderr):
 
 
 def run(explain=False):
-    return doctor.run(Namespace(explain=explain))
+    return command.run(Namespace(explain=explain))
 
 
 def lines(findings):

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +13,16 @@ import pytest
 import SimpleITK as sitk
 import torch
 from helpers.networks import primus
-from helpers.projects import DATASET_JSON, NAME, make_project, make_trainer
+from helpers.projects import DATASET_JSON, NAME, add_labels, make_project, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 
-from nnunetv2_cva.commands.hook import recipes_folder
-from nnunetv2_cva.config import CVAConfig
-from nnunetv2_cva.training.finetune import KEY, VARIABLE, Finetuning, resolve_finetuning
+from nnunetv2_cva.config import FinetuneConfig, resolve
+from nnunetv2_cva.installation.hook import recipes_folder
+from nnunetv2_cva.training.finetune import Finetuning
 
+KEY, VARIABLE = "cva_finetune", "nnUNet_cva_finetune"
 ENTRIES = {
     "network_weights",
     "optimizer_state",
@@ -38,7 +38,7 @@ FAST = {"epochs": 3, "iterations_per_epoch": 1, "warmup_epochs": 2}
 
 
 class FinetuneUNet(Finetuning, nnUNetTrainer):
-    config = CVAConfig(learning_rate=1e-3, epochs=1000)
+    config = FinetuneConfig(learning_rate=1e-3, epochs=1000)
 
 
 class TinyPrimusTrainer(AbstractPrimus):
@@ -48,7 +48,7 @@ class TinyPrimusTrainer(AbstractPrimus):
 
 
 class FinetunePrimus(Finetuning, TinyPrimusTrainer):
-    config = CVAConfig(optimizer="adamw", learning_rate=1e-4, weight_decay=5e-2, epochs=1000)
+    config = FinetuneConfig(optimizer="adamw", learning_rate=1e-4, weight_decay=5e-2, epochs=1000)
 
 
 @pytest.fixture
@@ -56,12 +56,7 @@ def labelled(tmp_path, monkeypatch):
     """A preprocessed dataset with labels, for one process."""
     data = make_project(tmp_path, monkeypatch, cases=6)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    for file in sorted(data.glob("case_??.b2nd")):
-        image = blosc2.open(str(file), mode="r")[:]
-        labels = (image > 0.5).astype(np.int8)
-        blosc2.asarray(labels, urlpath=str(file.with_name(f"{file.stem}_seg.b2nd")), mode="w")
-        properties = {"class_locations": {1: np.argwhere(labels > 0)}, "spacing": [1.0, 1.0, 1.0]}
-        file.with_suffix(".pkl").write_bytes(pickle.dumps(properties))
+    add_labels(data)
     return data
 
 
@@ -180,8 +175,8 @@ def test_the_recipes_are_data_on_nnunets_trainers(monkeypatch):
         size = name.removeprefix("nnUNetTrainerCVAFinetune")
         expected = f"nnUNet{size if 'V' in size else size.replace('Primus', 'Primus_')}_Trainer" if size else "nnUNetTrainer"
         assert recipe.stock_trainer().__name__ == expected
-        c = resolve_finetuning(recipe.config, None, "3d_fullres", {})
-        assert (c.epochs, c.warmup_epochs) == (1000, 50)
+        c = recipe.config
+        assert (c.epochs, c.warmup) == (1000, 50)
         if size:
             assert (c.optimizer, c.learning_rate, c.weight_decay, c.betas) == ("adamw", 1e-4, 5e-2, (0.9, 0.98))
         else:
@@ -193,18 +188,25 @@ def test_the_recipes_are_data_on_nnunets_trainers(monkeypatch):
 # ---- settings
 
 
+def settled(block, environment):
+    """As the trainer does it, with the block in the configuration that another one inherits from."""
+    parent = {} if block is None else {KEY: block}
+    configurations = {"3d_fullres": parent, "small": {"inherits_from": "3d_fullres", KEY: {"iterations_per_epoch": 7}}}
+    return resolve(FinetuneConfig(), {"configurations": configurations}, "small", environment)
+
+
 def test_plans_and_environment_override_and_the_warm_up_follows():
-    recipe = CVAConfig(learning_rate=1e-3, epochs=1000)
-    c = resolve_finetuning(recipe, {"epochs": 150}, "3d_fullres", {})
-    assert (c.epochs, c.warmup_epochs, c.learning_rate) == (150, 15, 1e-3)
-    c = resolve_finetuning(recipe, {"epochs": 150, "warmup_epochs": 3}, "3d_fullres", {VARIABLE: '{"epochs": 20}'})
-    assert (c.epochs, c.warmup_epochs) == (20, 3)
+    c = settled({"epochs": 150}, {})
+    assert (c.epochs, c.warmup, c.learning_rate, c.iterations_per_epoch) == (150, 15, 1e-3, 7)
+    c = settled({"epochs": 150, "warmup_epochs": 3}, {VARIABLE: '{"epochs": 20}'})
+    assert (c.epochs, c.warmup) == (20, 3)
+    assert settled({"epochs": 4000}, {}).warmup == 50
 
 
 @pytest.mark.parametrize(
     ("block", "environment", "match"),
     [
-        ({"mask_ratio": 0.5}, {}, r"\[\"cva_finetune\"\]: unknown setting 'mask_ratio'. Valid settings: epochs, warmup"),
+        ({"mask_ratio": 0.5}, {}, r"\[\"cva_finetune\"\]: unknown setting 'mask_ratio'. Valid settings: betas, epochs"),
         ({"epochs": 0}, {}, r"\[\"cva_finetune\"\]: epochs: expected a positive integer, found 0"),
         (None, {VARIABLE: "{epochs: 3}"}, "nnUNet_cva_finetune: expected JSON"),
         (None, {VARIABLE: "[1]"}, "nnUNet_cva_finetune: expected an object"),
@@ -212,7 +214,7 @@ def test_plans_and_environment_override_and_the_warm_up_follows():
 )
 def test_bad_settings_name_their_origin(block, environment, match):
     with pytest.raises(ValueError, match=match):
-        resolve_finetuning(CVAConfig(), block, "3d_fullres", environment)
+        settled(block, environment)
 
 
 def test_a_block_for_pretraining_does_not_reach_fine_tuning(labelled):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_cva.commands import hook
+from nnunetv2_cva.commands import hook as command
+from nnunetv2_cva.installation import hook
 
 NAMES = ("plain", "with space", "it's", 'say "hi"', "back\\slash", "ünï-日本", "{braces} %s", "new\nline")
 # -S: without the site-packages of this Python, whose own hook may be installed
@@ -47,7 +48,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def run(action):
-    return hook.run(Namespace(action=action))
+    return command.run(Namespace(action=action))
 
 
 # ---- the line

@@ -190,7 +190,7 @@ def test_views_that_overlap_are_read_at_once_and_distant_ones_are_not(tmp_path: 
     case = cases_module.Case(str(write_case(tmp_path, "case", texture((120, 130, 140)))))
     reads: list[np.ndarray] = []
     read = case.read
-    case.read = lambda box: (reads.append(box), read(box))[1]  # type: ignore[method-assign]
+    case.read = lambda box: (reads.append(box), read(box))[1]
     near = [np.array([[8, 24], [8, 32], [8, 28]]), np.array([[12, 28], [8, 32], [8, 28]])]
     far = [near[0], near[0] + [[80], [80], [80]]]
     for boxes, count in ((near, 1), (far, 2)):

@@ -9,8 +9,10 @@ from dynamic_network_architectures.architectures.primus import Primus, PrimusV3
 from helpers.targets import call, pretraining, randomised, stock_checkpoint, target
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_M_Trainer
 
+from nnunetv2_cva.transfer import target as target_module
 from nnunetv2_cva.transfer.adapt import fill, match
-from nnunetv2_cva.transfer.nnssl import RESENC_L, architecture, own_target, write_for_nnssl
+from nnunetv2_cva.transfer.architectures import RESENC_L, named
+from nnunetv2_cva.transfer.nnssl import own_target, write_for_nnssl
 from nnunetv2_cva.transfer.read import read
 
 # Everything that consumers need (FORMATS.md, section 1).
@@ -208,27 +210,27 @@ def test_resenc_l_and_primus_m_have_their_names():
     settings = {
         "architecture": {"arch_kwargs": STATED_RESENC_L, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}
     }
-    named = {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-    assert architecture(network, settings) == named
+    by_name = {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    assert named(network, settings) == by_name
     encoder, stem = (network.get_submodule(k).state_dict() for k in (network.key_to_encoder, network.key_to_stem))
     assert (len(encoder), len(stem)) == (440, 8)  # FORMATS.md
 
     fewer = {**STATED_RESENC_L, "n_blocks_per_stage": [1, 3, 4, 6, 6, 5]}
     settings["architecture"]["arch_kwargs"] = fewer
-    assert architecture(network, settings)["arch_kwargs"] == fewer
+    assert named(network, settings)["arch_kwargs"] == fewer
 
     primus = on_meta(Primus, 1, 864, (8, 8, 8), 1, 16, 12, (160, 160, 160), init_values=0.1, scale_attn_inner=True)
-    assert architecture(primus, {})["arch_class_name"] == "PrimusM"
+    assert named(primus, {})["arch_class_name"] == "PrimusM"
     assert len(primus.eva.state_dict()) == 371 and primus.eva.pos_embed.shape == (1, 8000, 864)
 
 
 def test_networks_without_a_name_are_refused(tmp_path, capsys):
     small = on_meta(Primus, 1, 48, (8, 8, 8), 1, 2, 2, (16, 16, 16))
     with pytest.raises(ValueError, match="names Primus S, B, M and L.*this one has 48 channels, 2 blocks, 2 heads"):
-        architecture(small, {})
+        named(small, {})
     v3 = on_meta(PrimusV3, 1, 48, (8, 8, 8), 1, 2, 2, (16, 16, 16))
     with pytest.raises(ValueError, match="no name for PrimusV3"):
-        architecture(v3, {})
+        named(v3, {})
     pretraining(tmp_path / "c.pth", target())
     assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "once.pth") == 0
     assert call("export", tmp_path / "once.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 2
@@ -269,10 +271,63 @@ def test_half_an_encoder_is_not_written(tmp_path):
         write_for_nnssl(tmp_path / "n.pth", network, match(source, network, made.view), made)
 
 
+# ---- the organisers' script, as it is described (docs/ssl3d.md): every target is 160^3
+
+
+def organisers_check(file, width, depth, heads):
+    """Build the named network for 160^3; where ``pretrain_patch_size`` (else 160^3) is another, bring the position embedding to
+    the grid of 20^3 tokens; load encoder and stem strictly. A network without position embedding cannot state another size."""
+    content = torch.load(file, weights_only=True)
+    plan, weights = content["nnssl_adaptation_plan"], dict(content["network_weights"])
+    before, position = plan.get("pretrain_patch_size", [160, 160, 160]), plan["key_to_lpe"]
+    if position is None:
+        assert before == [160, 160, 160]
+        consumer = on_meta(dna_unet.ResidualEncoderUNet, input_channels=1, num_classes=1, **located(STATED_RESENC_L))
+    else:
+        consumer = on_meta(Primus, 1, width, (8, 8, 8), 1, depth, heads, (160, 160, 160), init_values=0.1, scale_attn_inner=True)
+        if before != [160, 160, 160]:
+            grid = weights[position].transpose(1, 2).unflatten(2, [n // 8 for n in before])
+            grid = torch.nn.functional.interpolate(grid, size=(20, 20, 20), mode="trilinear")
+            weights[position] = grid.flatten(2).transpose(1, 2)
+    for prefix in (plan["key_to_encoder"], plan["key_to_stem"]):
+        part = {k.removeprefix(prefix + "."): v for k, v in weights.items() if k.startswith(prefix + ".")}
+        consumer.get_submodule(prefix).load_state_dict(part, strict=True, assign=True)
+
+
+def located(arguments):
+    return {k: pydoc.locate(v) if k in ("conv_op", "norm_op", "nonlin") else v for k, v in arguments.items()}
+
+
+@pytest.mark.parametrize("view", [(96, 96, 96), (160, 160, 160)])
+def test_a_primus_passes_the_organisers_check_at_every_view(tmp_path, monkeypatch, view):
+    from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
+
+    monkeypatch.setattr(target_module, "trainer_class", lambda name: nnUNet_Primus_S_Trainer)
+    made = target("primus", view=view, trainer=nnUNet_Primus_S_Trainer)
+    torch.save(
+        {
+            "network_weights": made.build(outputs=1).state_dict(),
+            "init_args": {"plans": made.plans, "configuration": made.configuration, "dataset_json": made.dataset_json},
+            "trainer_name": "nnUNetTrainerCVA_PrimusS",
+            "cva": {"config": {}, "backbone_trainer": "nnUNet_Primus_S_Trainer"},
+        },
+        tmp_path / "c.pth",
+    )
+    assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 0
+    assert torch.load(tmp_path / "n.pth", weights_only=True)["nnssl_adaptation_plan"]["pretrain_patch_size"] == list(view)
+    organisers_check(tmp_path / "n.pth", 396, 12, 6)
+    if view != (160, 160, 160):  # and the check is one: without the size it fails
+        content = torch.load(tmp_path / "n.pth", weights_only=True)
+        del content["nnssl_adaptation_plan"]["pretrain_patch_size"]
+        torch.save(content, tmp_path / "without.pth")
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            organisers_check(tmp_path / "without.pth", 396, 12, 6)
+
+
 @pytest.mark.slow
 def test_resenc_l_at_full_size(tmp_path):
     made = target(
-        view=(32, 32, 32),
+        view=(128, 128, 128),
         features=(32, 64, 128, 256, 320, 320),
         strides=((1, 1, 1), *((2, 2, 2),) * 5),
         blocks=(1, 3, 4, 6, 6, 6),
@@ -283,18 +338,18 @@ def test_resenc_l_at_full_size(tmp_path):
     plan = content["nnssl_adaptation_plan"]
     assert plan["architecture_plans"]["arch_class_name"] == "ResEncL"
     assert sum(k.startswith("encoder.stages.") for k in content["network_weights"]) == 440
-    named = {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": STATED_RESENC_L}
-    named["arch_kwargs_requiring_import"] = ["conv_op", "norm_op", "nonlin"]
-    consumer = network_of({"architecture_plans": named})
+    stated = {"arch_class_name": "ResidualEncoderUNet", "arch_kwargs": STATED_RESENC_L}
+    stated["arch_kwargs_requiring_import"] = ["conv_op", "norm_op", "nonlin"]
+    assert "pretrain_patch_size" not in plan
+    organisers_check(tmp_path / "n.pth", None, None, None)
+    consumer = network_of({"architecture_plans": stated})
     load_strictly(plan, content["network_weights"], consumer)
     assert all(torch.equal(v, consumer.encoder.state_dict()[k]) for k, v in network.encoder.state_dict().items())
 
 
 @pytest.mark.slow
 def test_primus_m_at_full_size(tmp_path, monkeypatch):
-    from nnunetv2_cva.transfer import nnssl
-
-    monkeypatch.setattr(nnssl, "trainer_class", lambda name: nnUNet_Primus_M_Trainer)
+    monkeypatch.setattr(target_module, "trainer_class", lambda name: nnUNet_Primus_M_Trainer)
     made = target("primus", view=(32, 48, 16), trainer=nnUNet_Primus_M_Trainer)
     network, _ = pretraining(tmp_path / "c.pth", made)
     assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 0
@@ -303,6 +358,7 @@ def test_primus_m_at_full_size(tmp_path, monkeypatch):
     assert plan["architecture_plans"] == {"arch_class_name": "PrimusM", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
     assert (plan["key_to_encoder"], plan["key_to_stem"], plan["key_to_lpe"]) == ("eva", "down_projection", "eva.pos_embed")
     assert not any(k.startswith("up_projection") for k in weights)
+    assert plan["pretrain_patch_size"] == [32, 48, 16]
     consumer = Primus(1, 864, (8, 8, 8), 3, 16, 12, (32, 48, 16), init_values=0.1, scale_attn_inner=True)
     load_strictly(plan, weights, consumer)
     assert all(torch.equal(v, consumer.eva.state_dict()[k]) for k, v in network.eva.state_dict().items())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_cva import __version__
-from nnunetv2_cva.commands.hook import FILE_NAME, VARIABLE
+from nnunetv2_cva.installation.hook import FILE_NAME, VARIABLE
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ("nnunetv2_cva", "trainers", "plans", "setup.py", "pyproject.toml", "README.md", "LICENSE")

@@ -25,11 +25,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.commands.trainers import recipes
 from nnunetv2_cva.config import CVAConfig, resolve
-from nnunetv2_cva.datasets import describe, plan, proposal
-from nnunetv2_cva.datasets.inspect import QUANTILES
+from nnunetv2_cva.datasets import fingerprint, nnunet_plans, view_size
+from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
+from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.views.index import read_index
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def test_what_nnunet_needs_is_there(folders):
     assert manager.get_label_manager(dataset).foreground_labels == []
     configuration = manager.get_configuration("3d_fullres_cva")
     assert configuration.data_identifier == "nnUNetPlansCVA_3d_fullres_images_only"
-    assert configuration.batch_size == 4 and resolve(CVAConfig(), plans, "3d_fullres_cva", {}).mask_block == 8
+    assert configuration.batch_size == 4 and "mask_block" not in plans["configurations"]["3d_fullres_cva"].get("cva", {})
     splits = json.loads((folder / "splits_final.json").read_text())
     assert len(splits) == 5 and all(len(s["train"]) + len(s["val"]) == 7 for s in splits)
 
@@ -211,9 +211,9 @@ def test_what_the_images_are_and_what_the_target_is(targets, tmp_path, capsys):
 # ---- presets
 
 
-@pytest.mark.parametrize("name", sorted(plan.presets()))
+@pytest.mark.parametrize("name", sorted(nnunet_plans.presets()))
 def test_a_shipped_preset_is_whole(name):
-    preset = plan.from_preset(name)
+    preset = nnunet_plans.from_preset(name)
     about = preset["preset"]
     assert about["description"].endswith(".") and about["recipe"] in recipes(ROOT / "trainers")
     assert ("Primus" in about["recipe"]) == ("Primus" in about.get("fine_tuning", ""))
@@ -221,7 +221,7 @@ def test_a_shipped_preset_is_whole(name):
     assert " GB of tensors in a bf16 step, counted without a GPU" in about["peak_memory"]
     manager = PlansManager(preset)
     configuration = manager.get_configuration("3d_fullres_cva")
-    step = proposal.strides(configuration.configuration["architecture"])
+    step = view_size.strides(configuration.configuration["architecture"])
     for size in (configuration.patch_size, manager.get_configuration("3d_fullres").patch_size):
         assert all(n % s == 0 for n, s in zip(size, step))
     resolve(CVAConfig(), preset, "3d_fullres_cva", {})
@@ -230,10 +230,10 @@ def test_a_shipped_preset_is_whole(name):
 
 def test_the_challenges_presets_are_the_papers():
     for name in ("ssl3d_resencl", "ssl3d_primusm"):
-        configuration = PlansManager(plan.from_preset(name)).get_configuration("3d_fullres_cva")
+        configuration = PlansManager(nnunet_plans.from_preset(name)).get_configuration("3d_fullres_cva")
         assert configuration.spacing == [1, 1, 1] and configuration.patch_size == [160] * 3 and configuration.batch_size == 4
         assert configuration.normalization_schemes == ["ZScoreNormalization"]
-    arguments = plan.from_preset("ssl3d_resencl")["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments = nnunet_plans.from_preset("ssl3d_resencl")["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert arguments["features_per_stage"] == [32, 64, 128, 256, 320, 320] and arguments["n_blocks_per_stage"] == [
         1,
         3,
@@ -296,7 +296,7 @@ def test_a_view_of_primus_is_whole_tokens_and_one_of_a_unet_whole_cells(folders,
 
 def test_a_plans_file_of_ones_own_is_a_preset(folders, tmp_path):
     _, preprocessed = folders
-    mine = plan.from_preset("tiny")
+    mine = nnunet_plans.from_preset("tiny")
     mine["configurations"]["3d_fullres"]["spacing"] = [3.0, 3.0, 3.0]
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     assert call("-d", 500, "--preset", tmp_path / "mine.json") == 0
@@ -497,20 +497,20 @@ def test_what_is_held_out_after_preprocessing_is_not_trained_on(pile, capsys):
     ("arguments", "match"),
     [
         (("-d", 4), "Dataset004_First is a dataset with labels.*--images Dataset004_First"),
-        (("-d", 77), "no dataset 77 .*full name, for example -d Dataset500_HeadMR"),
+        (("-d", 77), "No dataset 77 .*full name, for example -d Dataset500_HeadMR"),
         (("-d", "Dataset507_New"), "No images for Dataset507_New: give --images"),
         (("-d", 500, "--preset", "big"), "expected one of .*ssl3d_resencl"),
         (("-d", 500, "-pl", "Nobody"), "no such planner"),
         (("-d", 500, "--target", 4, "--target-plans", "Other"), r"Other.json not found \(plans there: nnUNetPlans\)"),
         (("-d", 500, "--target", 4, "-c", "2d"), "2D. Pretraining needs a 3D"),
-        (("-d", 500, "--target", 4, "-c", "nope"), "Expected one of 3d_fullres, 2d"),
+        (("-d", 500, "--target", 4, "-c", "nope"), "no configuration 'nope'. Found: 3d_fullres, 2d"),
         (("-d", 500, "--preset", "tiny", "--view", 48, 48, 50), "--view 48x48x50: expected multiples .* 8x8x8"),
         (("-d", 500, "--preset", "tiny", "--view", 0, 0, 0), "--view 0x0x0: expected multiples .* 8x8x8"),
         (("-d", 500, "--preset", "tiny", "--view", -8, -8, -8), "--view -8x-8x-8: expected multiples .* 8x8x8"),
         (("-d", 500, "--preset", "tiny", "--batch-size", 0), "--batch-size 0: expected 1 to 7"),
         (("-d", 500, "--preset", "tiny", "--batch-size", -1), "--batch-size -1: expected 1 to 7"),
         (("-d", 500, "--preset", "tiny", "--batch-size", 8), "--batch-size 8: expected 1 to 7"),
-        (("-d", "Dataset004_Other", "--images", 5), "the id 004 is that of Dataset004_First"),
+        (("-d", "Dataset004_Other", "--images", 5), "the id 4 is that of Dataset004_First"),
         (("-d", 500, "--preset", "tiny", "--modality", "T1", "T2"), r"--modality T1 T2: expected 1 name"),
         (("-d", 500, "--keep-plans"), "name them with --target"),
         (("-d", 500, "--images", "/nowhere"), "no such folder"),
@@ -565,7 +565,7 @@ def cva(preprocessed):
 @pytest.fixture
 def plain(tmp_path):
     """A preset without settings of its own."""
-    preset = plan.from_preset("tiny")
+    preset = nnunet_plans.from_preset("tiny")
     preset["configurations"]["3d_fullres_cva"].update(cva={}, patch_size=[64, 64, 64])
     (tmp_path / "plain.json").write_text(json.dumps(preset))
     return tmp_path / "plain.json"
@@ -594,14 +594,6 @@ def test_settings_of_an_earlier_plan_do_not_stay(folders, plain, capsys):
     assert 'changes of "cva" were kept: epochs 9, seed 3.' in out
 
 
-def test_the_mask_follows_the_view(folders, plain):
-    _, preprocessed = folders
-    call("-d", 500, "--preset", plain, "--view", 32, 32, 32)
-    assert cva(preprocessed) == {"mask_block": 8}
-    call("-d", 500, "--preset", plain, "--view", 64, 64, 64)
-    assert cva(preprocessed) == {}
-
-
 # ---- the view, and what it takes
 
 
@@ -610,18 +602,18 @@ def test_a_proposed_view_leaves_room_in_most_cases(shape):
     rng = np.random.default_rng(0)
     shapes = [tuple(int(n) for n in np.multiply(shape, rng.uniform(0.85, 1.2, 3))) for _ in range(30)]
     largest, step = (16 * -(-shape[0] // 16), 16 * -(-shape[1] // 16), 8 * -(-shape[2] // 8)), (4, 8, 8)
-    view, found = proposal.propose_view(shapes, largest, step, CVAConfig())
-    assert found.fits >= proposal.ENOUGH * 30 and found.cases == 30
+    view, found = view_size.propose_view(shapes, largest, step, CVAConfig())
+    assert found.fits >= view_size.ROOM_IN * 30 and found.cases == 30
     assert all(v % s == 0 and v <= n for v, s, n in zip(view, step, largest))
-    assert view != largest and proposal.room(shapes, largest, CVAConfig()).fits < proposal.ENOUGH * 30
+    assert view != largest and view_size.room(shapes, largest, CVAConfig()).fits < view_size.ROOM_IN * 30
 
 
 def test_a_view_that_fits_is_proposed_as_it_is():
-    assert proposal.propose_view([(90, 80, 100)] * 3, (32, 40, 32), (8, 8, 8), CVAConfig())[0] == (32, 40, 32)
+    assert view_size.propose_view([(90, 80, 100)] * 3, (32, 40, 32), (8, 8, 8), CVAConfig())[0] == (32, 40, 32)
 
 
 def test_cases_smaller_than_any_view_end_with_the_smallest():
-    view, found = proposal.propose_view([(6, 7, 5)] * 4, (32, 32, 32), (8, 8, 8), CVAConfig())
+    view, found = view_size.propose_view([(6, 7, 5)] * 4, (32, 32, 32), (8, 8, 8), CVAConfig())
     assert view == (16, 16, 16) and found.fits == 0
 
 
@@ -632,9 +624,9 @@ def test_memory_follows_nnunets_rule(kind, reference):
     plans = {"configurations": {"3d_fullres": {"architecture": described}}}
     view, mae = (64, 96, 32), CVAConfig(consistency_weight=0, contrastive_weight=0)
     features = network(plans).compute_conv_feature_map_size(view)
-    one, four = (proposal.estimate_memory(described, view, n, 1, CVAConfig()) for n in (1, 4))
+    one, four = (view_size.estimate_memory(described, view, n, 1, CVAConfig()) for n in (1, 4))
     assert np.isclose(one.activations, 8 * features / reference, rtol=0.02) and np.isclose(four.activations, 4 * one.activations)
-    alone = proposal.estimate_memory(described, view, 1, 1, mae)
+    alone = view_size.estimate_memory(described, view, 1, 1, mae)
     assert np.isclose(alone.activations, one.activations / 2)
     parameters = sum(p.numel() for p in network(plans).parameters())
     assert np.isclose(alone.parameters, 12 * parameters / 2**30)
@@ -648,7 +640,7 @@ def test_pooled_statistics_are_those_of_equally_many_voxels_of_every_case():
     rng = np.random.default_rng(0)
     samples = [rng.normal(m, s, 20000) for m, s in ((0, 10), (300, 50), (310, 5))]
     cases = [{"quantiles": np.quantile(x, QUANTILES).tolist(), "mean": x.mean(), "std": x.std()} for x in samples]
-    found, everything = describe.pooled(cases), np.concatenate(samples)
+    found, everything = fingerprint.pooled(cases), np.concatenate(samples)
     for name, value in (
         ("mean", everything.mean()),
         ("std", everything.std()),
@@ -662,8 +654,8 @@ def test_pooled_statistics_are_those_of_equally_many_voxels_of_every_case():
 
 def test_splits_are_by_subject():
     found = [(f"case_{i}", f"subject_{i // 3}") for i in range(40)]
-    splits = describe.splits(found)
-    assert len(splits) == 5 and splits == describe.splits(found[::-1])
+    splits = fingerprint.splits(found)
+    assert len(splits) == 5 and splits == fingerprint.splits(found[::-1])
     subject = dict(found)
     for fold in splits:
         train, val = ({subject[k] for k in fold[side]} for side in ("train", "val"))
@@ -673,7 +665,7 @@ def test_splits_are_by_subject():
 
 @pytest.mark.parametrize(("subjects", "folds"), [(1, 1), (2, 2), (4, 4), (5, 5)])
 def test_few_subjects_give_few_folds(subjects, folds):
-    assert len(describe.splits([(f"c{i}", f"s{i % subjects}") for i in range(10)])) == folds
+    assert len(fingerprint.splits([(f"c{i}", f"s{i % subjects}") for i in range(10)])) == folds
 
 
 # ---- real volumes

@@ -26,9 +26,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
+from nnunetv2_cva import files
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.datasets import preprocess
-from nnunetv2_cva.datasets import preprocessed as layout
+from nnunetv2_cva.datasets import destination, preprocess_case
 from nnunetv2_cva.datasets.inventory import read_rejected
 from nnunetv2_cva.views.index import read_index
 
@@ -164,13 +164,13 @@ def test_interrupted_while_writing_and_resumed_it_is_the_same(folders, monkeypat
         replaced.append(target)
         real(source, target)
 
-    monkeypatch.setattr(preprocess.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     assert call("preprocess") == 130
     monkeypatch.undo()
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
     left = sorted(p.name for p in data(preprocessed).iterdir())
     assert "case_2.b2nd" in left and "case_3.b2nd" not in left and "index.tsv" not in left
-    assert [n for n in left if n.startswith("case_3.b2nd.") and n.endswith(".partial")]
+    assert not [n for n in left if n.endswith(".partial")]
     assert call("preprocess") == 0 and result(preprocessed) == expected
 
 
@@ -253,12 +253,12 @@ def test_a_case_whose_process_is_killed_is_listed_and_the_others_go_on(folders, 
     """As when memory runs out for one case: here its process is killed, whenever it is tried."""
     _, preprocessed = folders
 
-    def without_case_2(function, items, processes, done, died):
+    def without_case_2(function, items, processes, done, died, *_):
         for item in items:
             done(died(item) if item.case.key == "case_2" else function(item))
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "for_each", without_case_2)
+        patch.setattr(preprocess_case, "for_each", without_case_2)
         assert call("preprocess") == 1
     assert "1 cases could not be preprocessed" in capsys.readouterr().out
     ((key, reason, _),) = read_rejected(preprocessed / NAME)
@@ -276,7 +276,7 @@ def test_a_changed_image_is_preprocessed_again(folders, capsys):
     assert np.array_equal(read(data(preprocessed) / "case_3.b2nd"), before)
     assert call("plan", "--target", "4", "--view", "16", "24", "16") == 0
     assert call("preprocess") == 0
-    assert "1 of 7 cases are to be preprocessed" in capsys.readouterr().out
+    assert "Preprocessing 1 of 7 cases" in capsys.readouterr().err
     index = read_index(data(preprocessed))
     shape = read(data(preprocessed) / "case_3.b2nd").shape
     assert shape != before.shape and tuple(index.shapes[list(index.keys).index("case_3")]) == shape
@@ -307,15 +307,15 @@ def test_a_part_that_ends_does_not_disturb_one_that_tries_a_failed_case_again(fo
     (data(preprocessed) / "case_4.b2nd").unlink()
     (data(preprocessed) / "case_4.failed").write_text("an earlier run's reason")
     plans = json.loads((preprocessed / NAME / "nnUNetPlansCVA.json").read_text())
-    target, real, ended = layout.Target(preprocessed / NAME, plans, "3d_fullres_cva"), blosc2.asarray, []
+    target, real, ended = destination.Destination(preprocessed / NAME, plans, "3d_fullres_cva"), blosc2.asarray, []
 
     def meanwhile(*args, **options):
         array = real(*args, **options)
         if "urlpath" in options:
-            ended.append(layout.finish(target))
+            ended.append(destination.finish(target))
         return array
 
-    monkeypatch.setattr(preprocess.blosc2, "asarray", meanwhile)
+    monkeypatch.setattr(preprocess_case.blosc2, "asarray", meanwhile)
     assert call("preprocess") == 0
     assert ended == [None] and result(preprocessed) == expected
 
@@ -323,9 +323,9 @@ def test_a_part_that_ends_does_not_disturb_one_that_tries_a_failed_case_again(fo
 @pytest.mark.parametrize(
     ("name", "abandoned"),
     [
-        (f"{layout.HOST}.{os.getpid()}", True),
-        (f"{layout.HOST}.{2**22 + 1}", True),
-        (f"{layout.HOST}.1", False),
+        (f"{files.HOST}.{os.getpid()}", False),
+        (f"{files.HOST}.{2**22 + 1}", True),
+        (f"{files.HOST}.1", False),
         ("elsewhere.1", False),
     ],
     ids=["own", "ended", "running", "another host's"],
@@ -334,9 +334,12 @@ def test_only_files_of_processes_that_have_ended_are_removed(tmp_path, name, aba
     """No process has a number above 2**22 (Linux); process 1 always lives; of another machine only age can tell."""
     partial = tmp_path / f"case.b2nd.{name}.partial"
     partial.write_bytes(b"")
-    assert layout._abandoned(partial) == abandoned
+    files.remove_abandoned(tmp_path)
+    assert partial.exists() != abandoned
+    partial.write_bytes(b"")
     os.utime(partial, (1, 1))
-    assert layout._abandoned(partial) == (abandoned or name == "elsewhere.1")
+    files.remove_abandoned(tmp_path)
+    assert partial.exists() != (abandoned or name == "elsewhere.1")
 
 
 @pytest.mark.parametrize("where", ["blosc2", "list"])
@@ -350,7 +353,7 @@ def test_a_full_disk_stops_with_one_sentence(folders, monkeypatch, capsys, where
             return real(*args, **options)
         raise RuntimeError("Error while creating the NDArray") if where == "blosc2" else OSError(28, "No space left on device")
 
-    module, name = (preprocess.blosc2, "asarray") if where == "blosc2" else (layout, "write_index")
+    module, name = (preprocess_case.blosc2, "asarray") if where == "blosc2" else (destination, "write_index")
     with monkeypatch.context() as patch:
         patch.setattr(module, name, full)
         assert call("preprocess") == 2
@@ -415,7 +418,7 @@ def test_cases_made_with_other_settings_are_not_mixed(folders, capsys):
 def test_too_little_space_is_noticed_before_writing(folders, monkeypatch, capsys):
     _, preprocessed = folders
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: usage(1000))
+    monkeypatch.setattr(destination.shutil, "disk_usage", lambda _: usage(1000))
     assert call("preprocess") == 2
     assert "7 cases need about" in capsys.readouterr().err and not list(data(preprocessed).iterdir())
 
@@ -423,12 +426,12 @@ def test_too_little_space_is_noticed_before_writing(folders, monkeypatch, capsys
 def test_the_size_is_estimated_from_the_shapes_after_preprocessing(folders):
     _, preprocessed = folders
     plans = json.loads((preprocessed / NAME / "nnUNetPlansCVA.json").read_text())
-    target = layout.Target(preprocessed / NAME, plans, "3d_fullres_cva")
-    estimated = layout.needed_bytes(target, layout.read_accepted(preprocessed / NAME))
+    target = destination.Destination(preprocessed / NAME, plans, "3d_fullres_cva")
+    estimated = destination.needed_bytes(target, destination.read_accepted(preprocessed / NAME))
     call("preprocess")
     raw = sum(read(p).nbytes for p in data(preprocessed).glob("*.b2nd"))
-    assert estimated == int(raw * layout.TYPICAL_RATIO)
-    assert layout.needed_bytes(target, []) == 0
+    assert estimated == int(raw * destination.TYPICAL_RATIO)
+    assert destination.needed_bytes(target, []) == 0
 
 
 def test_the_users_own_splits_stay(folders):
@@ -446,25 +449,25 @@ def test_the_users_own_splits_are_kept_beside_new_ones_when_the_cases_change(fol
     ours = json.loads(path.read_text())
     again = ("plan", "--target", "4", "--view", "16", "24", "16")
     extra = write(raw / NAME / "imagesTr" / "case_7_0000.nii.gz", voxels(7, (24, 38, 33)))
-    assert call(*again) == 0 and "yours are kept" not in capsys.readouterr().out
+    assert call(*again) == 0 and "yours: " not in capsys.readouterr().out
     assert json.loads(path.read_text()) != ours and not list(path.parent.glob("*.bak*"))
     mine = json.dumps([{"train": [f"case_{i}" for i in range(7)], "val": ["case_7"]}])
     extra.unlink()
     for moved in ("splits_final.json.bak", "splits_final.json.bak2"):
         path.write_text(mine)
         assert call(*again) == 0
-        assert f"yours are kept in {path.parent / moved}" in capsys.readouterr().out
+        assert f"yours: {path.parent / moved}" in capsys.readouterr().out
         assert (path.parent / moved).read_text() == mine and json.loads(path.read_text()) == ours
     call("preprocess")
-    assert "yours are kept" not in capsys.readouterr().out
+    assert "yours: " not in capsys.readouterr().out
 
 
 def test_unplanned_datasets_are_not_preprocessed(folders, capsys):
     raw, preprocessed = folders
-    assert main.main(["preprocess", "-d", "Dataset999_None"]) == 2 and "plan -d Dataset999_None" in capsys.readouterr().err
+    assert main.main(["preprocess", "-d", "Dataset999_None"]) == 2 and "Plan it first" in capsys.readouterr().err
     assert call("preprocess", "-part", 2, "-parts", 2) == 2 and "from 0 to 1" in capsys.readouterr().err
     assert call("preprocess", "-parts", 0) == 2 and "expected -parts 1 or more" in capsys.readouterr().err
-    assert call("preprocess", "-c", "nope") == 2 and "Expected one of 3d_fullres, 3d_fullres_cva" in capsys.readouterr().err
+    assert call("preprocess", "-c", "nope") == 2 and "Found: 3d_fullres, 3d_fullres_cva" in capsys.readouterr().err
 
 
 # ---- training on it

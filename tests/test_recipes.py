@@ -15,9 +15,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.commands.hook import recipes_folder
-from nnunetv2_cva.commands.trainers import recipes
 from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.installation.hook import recipes_folder
+from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.training.objective import Prepared, objective

@@ -76,7 +76,7 @@ def test_a_run_leaves_what_a_user_expects(trained):
     for name in losses | metrics | {"overlap", "data_wait", "learning_rate"}:
         assert all(np.isfinite(line[name]) for line in lines), name
     assert f"-p nnUNetPlans -pretrained_weights {folder / 'checkpoint_final.pth'}" in out
-    assert "Probe pairs come from 1 cases that are not trained on: case_00" in out
+    assert "Watched pairs come from 1 cases that are not trained on: case_00" in out
     assert "pseudo dice" not in out.lower()
 
 
@@ -221,15 +221,15 @@ def test_switches_reach_torch(tmp_path, monkeypatch):
 def test_folds_use_nnunets_split(project):
     trainer = make_trainer(nnUNetTrainerCVA, fold=1)
     trainer.initialize()
-    training, probes = trainer.do_split()
-    assert len(training) + len(probes) == 12 and not set(training) & set(probes)
-    assert json.loads((project.parent / "splits_final.json").read_text())[1]["val"] == probes
+    training, watched = trainer.do_split()
+    assert len(training) + len(watched) == 12 and not set(training) & set(watched)
+    assert json.loads((project.parent / "splits_final.json").read_text())[1]["val"] == watched
 
 
-def test_few_cases_probe_training_cases_and_say_so(tmp_path, monkeypatch, capsys):
+def test_few_cases_watch_training_cases_and_say_so(tmp_path, monkeypatch, capsys):
     make_project(tmp_path, monkeypatch, cases=4, cva={"epochs": 1})
     train(nnUNetTrainerCVA)
-    assert "the probe pairs come from 4 training cases" in capsys.readouterr().out
+    assert "the watched pairs come from 4 training cases" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_predicting_with_a_pretraining_fails_with_one_sentence(finished, monkeyp
         ({"view": (16, 22, 16)}, CONFIGURATION, r"View 16x22x16 .* strides 4x4x4.*20 or 24"),
         ({"batch_size": 12}, CONFIGURATION, r"batch_size 12 .*only 11 training cases"),
         ({"view": (64, 64, 64)}, CONFIGURATION, r"11 of 11 cases|12 of 12 cases are too small"),
-        ({"cva": {"probe_cases": 0}}, CONFIGURATION, r"probe_cases: expected a positive integer, found 0"),
+        ({"cva": {"watched_cases": 0}}, CONFIGURATION, r"watched_cases: expected a positive integer, found 0"),
         ({"cva": {"epochs": 0}}, CONFIGURATION, r'"cva".: epochs|epochs: expected'),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_picture_that_cannot_be_written_costs_no_run(project, monkeypatch, cap
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnunetv2_cva.training.monitor.History.plot", full)
+    monkeypatch.setattr("nnunetv2_cva.training.history.History.plot", full)
     trainer = train(nnUNetTrainerCVA)
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
     assert capsys.readouterr().out.count("WARNING: metrics.jsonl and progress.png could not be written") == 2

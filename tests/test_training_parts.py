@@ -4,16 +4,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.projects import VIEW, make_project, make_trainer
+from helpers.projects import VIEW, architecture, make_project, make_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
-from nnunetv2_cva.training import checkpoint, report
+from nnunetv2_cva.training import checkpoint, messages
 from nnunetv2_cva.training.data import evenly
 from nnunetv2_cva.training.device import Share, autocast_dtype, share_of_rank
-from nnunetv2_cva.training.monitor import History, collapse_metrics, pair_metrics, standardised
+from nnunetv2_cva.training.history import History
+from nnunetv2_cva.training.metrics import collapse_metrics, pair_metrics, standardised
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 
 # ---- schedule
@@ -60,8 +61,11 @@ def test_streams_differ_by_purpose_numbers_and_count():
 def test_precision_is_float32_away_from_cuda():
     assert autocast_dtype("auto", torch.device("cpu")) is None
     assert autocast_dtype("fp32", torch.device("cuda")) is None
-    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'cpu'"):
-        autocast_dtype("bf16", torch.device("cpu"))
+    assert autocast_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(ValueError, match="precision: 'fp16' needs a CUDA device, found 'cpu'. Use 'bf16', 'auto' or 'fp32'"):
+        autocast_dtype("fp16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'mps'. Use 'auto' or 'fp32'"):
+        autocast_dtype("bf16", torch.device("mps"))
 
 
 def test_one_process_owns_the_whole_step():
@@ -215,27 +219,36 @@ def test_the_newer_of_final_and_latest_is_taken(tmp_path):
     assert checkpoint.newest(final) == final
 
 
-def test_probe_cases_are_spread_over_the_list():
+def test_watched_cases_are_spread_over_the_list():
     keys = [f"{dataset}__{n}" for dataset in "ab" for n in range(10)]
     assert evenly(keys, 4) == ["a__0", "a__6", "b__2", "b__9"]
     assert evenly(keys[:3], 8) == keys[:3]
 
 
-def closing(tmp_path, monkeypatch, any_target=True, weights="w.pth"):
+def closing(tmp_path, monkeypatch, any_target=True, weights="w.pth", between=None):
     path = make_project(tmp_path, monkeypatch).parent / "nnUNetPlans.json"
     content = json.loads(path.read_text())
-    content["configurations"]["3d_fullres_cva"] = {"inherits_from": "3d_fullres", "patch_size": list(VIEW)}
+    configurations = content["configurations"]
+    configurations["3d_middle"] = {"inherits_from": "3d_fullres", **(between or {})}
+    parent = "3d_fullres" if between is None else "3d_middle"
+    configurations["3d_fullres_cva"] = {"inherits_from": parent, "patch_size": list(VIEW)}
     path.write_text(json.dumps(content))
     trainer = make_trainer(nnUNetTrainerCVA, configuration="3d_fullres_cva")
     trainer.initialize()
     trainer.student.backbone.fits_any_target = any_target
-    return report.closing(trainer.plans_manager.plans, "3d_fullres_cva", trainer.student, nnUNetTrainer, weights)
+    return messages.closing(trainer.plans_manager.plans, "3d_fullres_cva", trainer.student, nnUNetTrainer, weights)
 
 
 def test_the_configuration_to_fine_tune_is_the_one_inherited_from(tmp_path, monkeypatch):
     """Targets have the parent's name."""
     said = closing(tmp_path, monkeypatch)
     assert "nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetPlans -pretrained_weights w.pth" in said.splitlines()
+
+
+def test_with_an_architecture_of_its_own_a_middle_configuration_is_the_one_to_fine_tune(tmp_path, monkeypatch):
+    """Its parent's network would not take the weights."""
+    said = closing(tmp_path, monkeypatch, between={"architecture": architecture(features=(4, 8, 12))})
+    assert "nnUNetv2_train DATASET 3d_middle FOLD -p nnUNetPlans -pretrained_weights w.pth" in said.splitlines()
 
 
 def test_weights_that_fit_no_target_as_they_are_are_exported_first(tmp_path, monkeypatch):
@@ -254,8 +267,23 @@ def test_a_training_that_is_all_warm_up_is_warned_about():
     class Student(torch.nn.Module):
         pass
 
-    config = CVAConfig(epochs=2, warmup_epochs=10)
-    lines = report.opening(config, 2, VIEW, Student(), True, None)
+    config = CVAConfig(epochs=2, warmup_epochs=10, optimizer="adamw")
+    lines = messages.opening(config, 2, VIEW, Student(), True, None)
     assert "WARNING: warmup_epochs 10, epochs 2" in lines[-1] and "at most 20% of learning_rate" in lines[-1]
-    lines = report.opening(CVAConfig(epochs=3, warmup_epochs=2), 2, VIEW, Student(), True, None)
+    lines = messages.opening(CVAConfig(epochs=3, warmup_epochs=2, optimizer="adamw"), 2, VIEW, Student(), True, None)
     assert not any("WARNING" in line for line in lines)
+
+
+def test_a_short_run_of_sgd_is_warned_of_with_numbers():
+    from types import SimpleNamespace
+
+    student = SimpleNamespace(parameters=lambda: [])
+
+    def warnings(**settings):
+        lines = messages.opening(CVAConfig(**settings), 2, (16, 24, 16), student, True, None)
+        return [line for line in lines if line.startswith("WARNING")]
+
+    (warning,) = warnings(optimizer="sgd", epochs=20, iterations_per_epoch=50)
+    assert "1000 iterations of SGD at learning_rate 0.01" in warning and "0 of 6 splits" in warning and "62500" in warning
+    assert not warnings(optimizer="sgd", epochs=250)
+    assert not warnings(optimizer="adamw", epochs=20, iterations_per_epoch=50)

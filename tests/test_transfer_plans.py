@@ -4,18 +4,18 @@ import copy
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.images import labelled_dataset, nnunet_folders, write_several
-from helpers.targets import call, pretraining, stock_checkpoint, target
-from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
+from helpers.targets import STRIDES, call, pretraining, stock_checkpoint, target
 
-from nnunetv2_cva.config import SUFFIX
+from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.transfer.adapt import match
+from nnunetv2_cva.transfer.plans import same_plans
 from nnunetv2_cva.transfer.read import read
-from nnunetv2_cva.transfer.table import same_plans
 from nnunetv2_cva.transfer.target import Target, find_target
 
 SOURCE, NAME = "Dataset100_Tiny", "Dataset004_Other"
@@ -48,7 +48,7 @@ def pretrained(raw, preprocessed, tmp_path, *options):
     assert call("plan", "-d", SOURCE, "--target", 5, "-np", 1, *options) == 0
     (file,) = (preprocessed / SOURCE).glob("nnUNetPlans*.json")
     plans, dataset_json = (json.loads(f.read_text()) for f in (file, preprocessed / SOURCE / "dataset.json"))
-    pretraining(tmp_path / "c.pth", Target(plans, "3d_fullres" + SUFFIX, dataset_json, target().trainer))
+    pretraining(tmp_path / "c.pth", Target(plans, "3d_fullres" + PRETRAINING, dataset_json, target().trainer))
     return tmp_path / "c.pth"
 
 
@@ -62,52 +62,77 @@ def advised(said):
     return [shlex.split(c) for c in commands.split(" && ")], then.split()
 
 
-def options_of(words):
-    return dict(zip(words[::2], words[1::2]))
-
-
-def check_fits(file, preprocess, then):
-    """The plans that the advice has made are found, and the weights fit all of the encoder."""
+def follow(said, capsys):
+    """Run what was advised; the target with the plans that it has made."""
+    (export, preprocess), then = advised(said)
+    assert export[:2] == ["nnUNetv2_cva", "export"] and call(*export[1:]) == 0
+    assert f"nnUNetv2_preprocess -d 4 -plans_name {then[1]} -c {then[3]}" in capsys.readouterr().out
     assert preprocess == ["nnUNetv2_preprocess", "-d", "4", "-plans_name", then[1], "-c", then[3]]
-    there = find_target(NAME, then[3], then[1], "nnUNetTrainer")
+    return find_target(NAME, then[3], then[1], "nnUNetTrainer")
+
+
+def check_fits(file, there):
+    """The weights fit all of the encoder, in the target's own normalisation, and nothing more is advised."""
     transfer = match(read(file), there.build(), there.view)
     assert transfer.refusal() is None and same_plans(transfer, there) is None
-    return there
+    for name in ("normalization_schemes", "use_mask_for_norm"):
+        assert there.settings[name] == own().settings[name]
+    assert there.settings["data_identifier"] != own().settings["data_identifier"]
 
 
-def test_plans_of_a_pretraining_are_written_by_our_own_command(folders, tmp_path, capsys):
+@pytest.mark.parametrize("made_by", ["our command", "nnU-Net", "nnssl"])
+def test_plans_are_written_from_what_lies_in_the_file(folders, tmp_path, capsys, made_by):
+    """Nothing else is left of the source: no raw images, no preprocessed folder."""
     raw, preprocessed = folders
-    file = pretrained(raw, preprocessed, tmp_path)
-    capsys.readouterr()
-    before = everything(preprocessed / NAME)
-    assert call("check", file, "-d", 4, "-c", "3d_fullres") == 0
-    (plan, preprocess), then = advised(capsys.readouterr().out)
-    assert plan[:2] == ["nnUNetv2_cva", "plan"] and call(*plan[1:], "-np", 1) == 0
-    assert before.items() <= everything(preprocessed / NAME).items()
-    there = check_fits(file, preprocess, then)
-    assert there.settings["normalization_schemes"] == own().settings["normalization_schemes"]
-
-
-@pytest.mark.parametrize("made_by", ["stock", "the same plans' name"])
-def test_other_plans_are_moved_under_a_name_of_their_own(folders, tmp_path, capsys, made_by):
-    """nnU-Net's plans, or ours where the target has others under their name."""
-    raw, preprocessed = folders
-    if made_by == "stock":
-        labelled_dataset(raw, preprocessed, SOURCE, target().plans, n=1)
+    if made_by == "our command":
+        file = pretrained(raw, preprocessed, tmp_path)
+        shutil.rmtree(raw / SOURCE)
+        shutil.rmtree(preprocessed / SOURCE)
+    elif made_by == "nnU-Net":
         file = stock_checkpoint(tmp_path / "c.pth", target(), target().build())
     else:
-        file = pretrained(raw, preprocessed, tmp_path, "-p", "nnUNetPlans")
-        capsys.readouterr()
+        pretraining(tmp_path / "first.pth", target())
+        file = tmp_path / "c.pth"
+        assert call("export", tmp_path / "first.pth", "--format", "nnssl", "-o", file) == 0
     before = everything(preprocessed / NAME)
-    assert call("check", file, "-d", NAME, "-c", "3d_fullres") == 0
-    (move, preprocess), then = advised(capsys.readouterr().out)
-    assert move[0] == "nnUNetv2_move_plans_between_datasets"
-    options = options_of(move[1:])
-    assert options.keys() == {"-s", "-sp", "-t", "-tp"} and options["-tp"] == f"nnUNetPlansFrom{SOURCE}"
-    move_plans_between_datasets(options["-s"], options["-t"], options["-sp"], options["-tp"])
+    capsys.readouterr()
+    assert call("check", file, "-d", 4, "-c", "3d_fullres") == 0
+    there = follow(capsys.readouterr().out, capsys)
     assert before.items() <= everything(preprocessed / NAME).items()
-    there = check_fits(file, preprocess, then)
-    assert there.settings["data_identifier"] != own().settings["data_identifier"]
+    check_fits(file, there)
+    assert there.view == (16, 24, 32) and there.configuration == "3d_fullres"
+    again = [w for w in (preprocessed / NAME).glob("*From*.json")]
+    assert len(again) == 1
+    changed = {**json.loads(again[0].read_text()), "image_reader_writer": "other"}
+    again[0].write_text(json.dumps(changed))
+    options = ("-d", 4, "-c", "3d_fullres", "-o", again[0].stem)
+    assert call("export", file, "--format", "plans", *options) == 2
+    assert "exists and differs" in capsys.readouterr().err
+
+
+def test_the_plans_are_nnunets_own(folders, tmp_path, monkeypatch):
+    """nnU-Net's planner reads them, whatever the number of channels."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    raw, preprocessed = folders
+    file = stock_checkpoint(tmp_path / "c.pth", target(channels=3), target(channels=3).build())
+    assert call("export", file, "--format", "plans", "-d", 4, "-c", "3d_fullres", "-o", "Theirs") == 0
+    found = PlansManager(str(preprocessed / NAME / "Theirs.json")).get_configuration("3d_fullres")
+    assert found.network_arch_init_kwargs["strides"] == [list(s) for s in STRIDES]
+    assert found.normalization_schemes == ["ZScoreNormalization"] and found.preprocessor_class
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "", "x y", "x.json"])
+def test_what_is_no_name_for_plans_is_refused(folders, tmp_path, capsys, name):
+    file = stock_checkpoint(tmp_path / "c.pth", target(), target().build())
+    assert call("export", file, "--format", "plans", "-d", 4, "-c", "3d_fullres", "-o", name) == 2
+    assert "expected a name for the new plans" in capsys.readouterr().err
+
+
+def test_a_file_without_architecture_has_no_plans(folders, tmp_path, capsys):
+    torch.save({"network_weights": target().build().state_dict()}, tmp_path / "bare.pth")
+    assert call("export", tmp_path / "bare.pth", "--format", "plans", "-d", 4, "-c", "3d_fullres", "-o", "Theirs") == 2
+    assert "does not state the architecture of a U-Net" in capsys.readouterr().err
 
 
 def test_a_refusal_says_it_too(folders, tmp_path, capsys):
@@ -123,13 +148,6 @@ def hint(file, there):
     return same_plans(match(read(file), there.build(), there.view), there)
 
 
-def test_plans_for_another_number_of_channels_are_not_moved(tmp_path):
-    """nnU-Net looks for the normalisation of every channel."""
-    file = stock_checkpoint(tmp_path / "a.pth", target(), target().build())
-    said = hint(file, own(channels=4))
-    assert "they normalise 1 channel, Dataset004_Other has 4" in said and "nnUNetv2" not in said
-
-
 def test_without_plans_in_the_file_there_is_nothing_to_advise(tmp_path):
     torch.save({"network_weights": target().build().state_dict()}, tmp_path / "bare.pth")
     assert hint(tmp_path / "bare.pth", own()) is None
@@ -137,9 +155,8 @@ def test_without_plans_in_the_file_there_is_nothing_to_advise(tmp_path):
     assert hint(fitting, target(name=NAME)) is None
 
 
-def test_other_plans_of_the_same_dataset_are_named(tmp_path):
+def test_plans_of_the_same_dataset_as_they_were_then_are_written_anew(tmp_path):
     file = stock_checkpoint(tmp_path / "a.pth", target(), target().build())
     there = copy.deepcopy(own())
-    there.plans.update(dataset_name=SOURCE, plans_name="Others")
-    said = hint(file, there)
-    assert "with plans nnUNetPlans, configuration 3d_fullres, of the same dataset" in said and "nnUNetv2" not in said
+    there.plans.update(dataset_name=SOURCE)
+    assert f"--format plans -d 100 -c 3d_fullres -p nnUNetPlans -o nnUNetPlansFrom{SOURCE}" in hint(file, there)

@@ -19,11 +19,11 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
     nnUNet_PrimusV3S_Trainer,
 )
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import FinetuneConfig
 from nnunetv2_cva.training.finetune import Finetuning
 
-_UNET = CVAConfig(learning_rate=1e-3, epochs=1000)
-_PRIMUS = CVAConfig(optimizer="adamw", learning_rate=1e-4, betas=(0.9, 0.98), weight_decay=5e-2, epochs=1000)
+_UNET = FinetuneConfig()
+_PRIMUS = FinetuneConfig(optimizer="adamw", learning_rate=1e-4, betas=(0.9, 0.98), weight_decay=5e-2)
 
 
 class nnUNetTrainerCVAFinetune(Finetuning, nnUNetTrainer):

@@ -22,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_cva export``."""
     add_source_arguments(parser)
     add_target_arguments(parser, required=False)
-    parser.add_argument("-o", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("-o", metavar="FILE", required=True, help="the file to write, or the name of the plans")
     parser.add_argument(
         "--format",
-        choices=("nnunet", "nnssl"),
+        choices=("nnunet", "nnssl", "plans"),
         default="nnunet",
         help="nnunet: for nnUNetv2_train -pretrained_weights (default); nnssl: as OpenMind and the SSL3D challenge "
-        "exchange weights, for the network of the pretraining itself (no -d, -c, -p, -tr)",
+        "exchange weights, for the network of the pretraining itself (no -d, -c, -p, -tr); plans: plans for the target with "
+        "the network of the file, named by -o",
     )
     parser.add_argument("--allow-partial", action="store_true", help="write even when much of the encoder stays random")
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
@@ -69,18 +70,24 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "nnssl":
         _refuse_target(args)
     elif args.d is None or args.c is None:
-        raise ValueError("-d and -c are needed: the file is made for a target. Only --format nnssl has none.")
-    from nnunetv2_cva.transfer.export import Output, export, export_for_nnssl
+        raise ValueError("-d and -c are needed: what is written is made for a target. Only --format nnssl has none.")
+    from nnunetv2_cva.transfer.export import Output, export, export_for_nnssl, export_plans
 
     output = Output(args.o, args.allow_partial, args.dry_run, args.licence)
     with advised():
         weights = weights_of(args)
-        found = export_for_nnssl(weights, output) if args.format == "nnssl" else export(weights, place_of(args), output)
+        if args.format == "nnssl":
+            found = export_for_nnssl(weights, output)
+        else:
+            found = (export_plans if args.format == "plans" else export)(weights, place_of(args), output)
     print("\n".join(found.lines))
     if found.refusal is not None:
         raise ValueError(f"{found.refusal} Nothing was written; --allow-partial writes it all the same.")
     if not found.written:
         print(f"\nDry run: {args.o} was not written.")
+    elif found.configuration is not None:
+        print(f"\nWrote plans {args.o}. Preprocess with them, then use -p {args.o} -c {found.configuration}:")
+        print(f"nnUNetv2_preprocess -d {args.d} -plans_name {args.o} -c {found.configuration}")
     elif found.plan is not None:
         name = found.plan["architecture_plans"]["arch_class_name"]
         print(f"\nWrote {args.o} as {name}; it opens with weights_only=True, and encoder")

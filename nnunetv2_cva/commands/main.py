@@ -1,6 +1,6 @@
-"""The console command ``nnUNetv2_cva``: one module of this folder per subcommand.
+"""The console command ``nnUNetv2_cva``: one module of this folder per subcommand, or a class in such a module.
 
-Such a module has ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int`` (the exit code). It imports whatever
+It has ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int`` (the exit code). It imports whatever
 is slow (torch, nnunetv2) inside functions, so that ``--help`` answers at once.
 """
 
@@ -12,14 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
+from nnunetv2_cva.commands.options import in_options, options_of
 
-COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "embed", "look", "probe", "report") + (
-    "demo",
-    "hook",
-    "env",
-    "trainers",
-    "doctor",
-    "bench",
+COMMANDS = (
+    ("plan", "preprocess", "peek", "export", "check", "info", "embed", "look", "probe", "report")
+    + ("compare", "demo", "hook", "env", "trainers")
+    + ("settings", "doctor", "bench")
 )
 
 
@@ -30,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except ValueError as e:
-        print(f"nnUNetv2_cva: error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"nnUNetv2_cva: error: {in_options(' '.join(str(e).split()), args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nnUNetv2_cva: interrupted", file=sys.stderr)
@@ -47,8 +45,9 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnUNetv2_cva {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
-        command = importlib.import_module(f"nnunetv2_cva.commands.{name}")
+        module = importlib.import_module(f"nnunetv2_cva.commands.{WITHIN.get(name, name)}")
+        command = getattr(module, name) if name in WITHIN else module
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, options=options_of(subparser))
     return parser

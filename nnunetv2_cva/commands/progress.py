@@ -1,4 +1,4 @@
-"""A progress bar whose length is known only once work has been found."""
+"""Progress bars for work that tells how far it is."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from typing import Any
 
 
 class Bar:
-    """``start(n)`` shows it (not for 0), ``tick()`` advances it."""
+    """Called with what is done, how many of it and of how many: one bar for each kind of work, none for no work."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self) -> None:
         self._bar: Any = None
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
 
-    def start(self, total: int) -> None:
-        """Show the bar."""
-        if total:
+    def __call__(self, what: str, finished: int, of: int) -> None:
+        """Show it, or move it on."""
+        if self._bar is not None:
+            self._bar.update(finished - self._bar.n)
+        elif of:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=self.label)
+            self._bar = tqdm(total=of, initial=finished, desc=what)
+        if finished == of:
+            self._close()
 
-    def tick(self, steps: int = 1) -> None:
-        """``steps`` more are done."""
+    def _close(self) -> None:
         if self._bar is not None:
-            self._bar.update(steps)
+            self._bar.close()
+            self._bar = None

@@ -8,28 +8,32 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from nnunetv2_cva.datasets.inspect import Finding, inspect_case, killed, stamp_of
-from nnunetv2_cva.datasets.parallel import for_each
+from nnunetv2_cva.datasets.findings import Finding, inspect_case, killed, stamp_of
+from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates, channel_numbers
+from nnunetv2_cva.datasets.tables import read_table, write_table
+from nnunetv2_cva.files import read_object, write_json
+from nnunetv2_cva.sizes import by
 
 SOURCES, INSPECTION, CASES, REJECTED = "cva_sources.json", "cva_inspection.jsonl", "cases.csv", "rejected.csv"
+COLUMNS = ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path")
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """``accepted`` and ``rejected`` cases, ordered by name."""
+    """``accepted`` and ``rejected`` cases, ordered by name; ``unread``: other files by kind; ``remarks``: on the sources."""
 
     accepted: tuple[Finding, ...]
     rejected: tuple[Finding, ...]
+    unread: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -39,24 +43,21 @@ class Inventory:
         """These cases rejected, too."""
         out = tuple(replace(f, reason=reason) for f in self.accepted if f.identity in identities)
         kept = tuple(f for f in self.accepted if f.identity not in identities)
-        return Inventory(kept, tuple(sorted(self.rejected + out, key=lambda f: f.key)))
+        return replace(self, accepted=kept, rejected=tuple(sorted(self.rejected + out, key=lambda f: f.key)))
 
 
-def take_inventory(
-    folder: Path, sources: Sources, own: str, processes: int, started: Callable[[int], Any], tick: Callable[[], Any]
-) -> Inventory:
+def take_inventory(folder: Path, sources: Sources, own: str, processes: int, progress: Progress) -> Inventory:
     """Look at every case of the sources that has not been looked at. The lists in ``folder`` stay as they are (``save_lists``).
-
-    ``started(n)`` is told how many cases have to be read, ``tick()`` is called after each.
 
     Raises:
         ValueError: a folder or table of the sources does not exist or holds no images.
     """
     known = {files: f.key for files, f in read_findings(folder).items() if f.key}
     found = candidates(sources, own, known)
-    looked = look_at(inspect_case, found, folder, processes, started, tick)
-    used = {row["case"] for row in _rows(folder / CASES)}
-    return sorted_out([looked[c.files].of(c) for c in found], sources.channels == "stack", used)
+    looked = remembered(inspect_case, found.cases, folder, processes, progress, "Looking at images")
+    used = {row["case"] for _, row in read_table(folder / CASES, ("case",))}
+    inventory = sorted_out([looked[c.files].of(c) for c in found.cases], sources.channels == "stack", used)
+    return replace(inventory, unread=found.unread, remarks=found.remarks)
 
 
 def save_lists(folder: Path, sources: Sources, inventory: Inventory, cases: bool = True) -> None:
@@ -75,29 +76,22 @@ def save_lists(folder: Path, sources: Sources, inventory: Inventory, cases: bool
         raise ValueError(f"None of {len(inventory.rejected)} cases can be used; {folder / REJECTED} has the reasons.")
 
 
-def look_at(
-    look: Callable[[Candidate], Finding],
-    cases: Sequence[Candidate],
-    folder: Path,
-    processes: int,
-    started: Callable[[int], Any],
-    tick: Callable[[], Any],
+def remembered(
+    look: Callable[[Candidate], Finding], cases: Sequence[Candidate], folder: Path, processes: int, progress: Progress, what: str
 ) -> dict[tuple[str, ...], Finding]:
     """What is in these cases, by files; ``look`` reads those that have not been looked at or have changed since."""
     folder.mkdir(parents=True, exist_ok=True)
-    remembered = read_findings(folder)
-    todo = [c for c in cases if _outdated(remembered.get(c.files), c)]
-    started(len(todo))
+    known = read_findings(folder)
+    todo = [c for c in cases if _outdated(known.get(c.files), c)]
     with open(folder / INSPECTION, "a", encoding="utf-8") as log:
 
         def note(finding: Finding) -> None:
             log.write(json.dumps(finding.as_dict()) + "\n")
             log.flush()
-            remembered[finding.files] = finding
-            tick()
+            known[finding.files] = finding
 
-        for_each(look, todo, processes, note, killed)
-    return remembered
+        for_each(look, todo, processes, note, killed, progress, what)
+    return known
 
 
 def read_findings(folder: Path) -> dict[tuple[str, ...], Finding]:
@@ -119,7 +113,7 @@ def read_findings(folder: Path) -> dict[tuple[str, ...], Finding]:
 def read_sources(folder: Path) -> Sources | None:
     """The sources given before, or None."""
     path = folder / SOURCES
-    return Sources.from_dict(json.loads(path.read_text())) if path.is_file() else None
+    return Sources.from_dict(read_object(path)) if path.is_file() else None
 
 
 def read_accepted(folder: Path) -> list[Finding]:
@@ -130,21 +124,29 @@ def read_accepted(folder: Path) -> list[Finding]:
     """
     path = folder / CASES
     if not path.is_file():
-        raise ValueError(f"{path} not found: run `nnUNetv2_cva plan -d {folder.name}` first.")
+        raise ValueError(f"{path} not found: plan {folder.name} first (nnUNetv2_cva plan).")
     findings = {";".join(files): finding for files, finding in read_findings(folder).items()}
     accepted = []
-    for row in _rows(path):
+    for _, row in read_table(path, COLUMNS):
         finding = findings.get(row["path"])
         if finding is None:
-            raise ValueError(f"{path}: {row['path']} was never looked at. Run `nnUNetv2_cva plan -d {folder.name}` again.")
+            raise ValueError(f"{path}: {row['path']} was never looked at. Plan {folder.name} again (nnUNetv2_cva plan).")
         named = Candidate(row["case"], finding.files, row["dataset"], row["subject"], row["modality"])
         accepted.append(finding.of(named))
     return sorted(accepted, key=lambda f: f.key)
 
 
+def reject(folder: Path, reasons: Mapping[str, str]) -> None:
+    """Move these cases, by name, from ``cases.csv`` to ``rejected.csv``."""
+    accepted = read_accepted(folder)
+    _write_cases(folder, [f for f in accepted if f.key not in reasons])
+    out = [(f.key, reasons[f.key], ";".join(f.files)) for f in accepted if f.key in reasons]
+    write_rejected(folder, [*read_rejected(folder), *out])
+
+
 def read_rejected(folder: Path) -> list[tuple[str, str, str]]:
     """(case, reason, path) of every line of ``rejected.csv``."""
-    return [(row["case"], row["reason"], row["path"]) for row in _rows(folder / REJECTED)]
+    return [(row["case"], row["reason"], row["path"]) for _, row in read_table(folder / REJECTED, ("case", "reason", "path"))]
 
 
 def write_rejected(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
@@ -188,35 +190,5 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _write_cases(folder: Path, accepted: Sequence[Finding]) -> None:
-    rows = (
-        (f.key, f.dataset, f.subject, f.modality, _by(f.shape), _by(f.spacing), f.content, ";".join(f.files)) for f in accepted
-    )
-    write_table(folder / CASES, ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path"), rows)
-
-
-def _by(numbers: Sequence[float]) -> str:
-    return "x".join(f"{n:g}" for n in numbers)
-
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a table that ``write_table`` wrote; none where there is no such file."""
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
-            yield from csv.DictReader(f)
-
-
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A csv file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:  # names may be in another encoding
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    rows = ((f.key, f.dataset, f.subject, f.modality, by(f.shape), by(f.spacing), f.content, ";".join(f.files)) for f in accepted)
+    write_table(folder / CASES, COLUMNS, rows)

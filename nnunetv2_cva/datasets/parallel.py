@@ -5,39 +5,52 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Progress = Callable[[str, int, int], Any]  # called with what is being done, how many are done, of how many
 
 
 def for_each(
     function: Callable[[Item], Result],
-    items: Iterable[Item],
+    items: Sequence[Item],
     processes: int,
     done: Callable[[Result], None],
     died: Callable[[Item], Result],
+    progress: Progress,
+    what: str,
 ) -> None:
     """Call ``done(function(item))`` for every item, in the order in which they finish; ``done`` runs in this process.
 
     ``function`` and the items must be picklable. Never more than a few items per process are in flight, so a long list costs
-    no memory. When a process is killed (by the system for want of memory, by a reader that aborts), the items that were in
-    flight are done one at a time; ``died(item)`` stands for the result of one whose process is killed even then.
+    no memory. ``progress(what, finished, all)`` is called before the first and after each. When a process is killed (by the
+    system for want of memory, by a reader that aborts), the items that were in flight are done one at a time; ``died(item)``
+    stands for the result of one whose process is killed even then.
 
     Raises:
         ValueError: no process stays alive, whatever it does.
     """
+    finished = 0
+    progress(what, finished, len(items))
+
+    def counted(result: Result) -> None:
+        nonlocal finished
+        done(result)
+        finished += 1
+        progress(what, finished, len(items))
+
     if processes <= 1:
         for item in items:
-            done(function(item))
+            counted(function(item))
         return
     waiting = iter(items)
-    while suspects := _until_one_is_killed(function, waiting, processes, done):
-        _one_at_a_time(function, suspects, done, died)
+    while suspects := _until_one_is_killed(function, waiting, processes, counted):
+        _one_at_a_time(function, suspects, counted, died)
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
@@ -88,7 +101,7 @@ def _one_at_a_time(
                 pool.submit(int).result()
             except BrokenProcessPool:
                 raise ValueError(
-                    "Processes that share the work are killed as soon as they start. Run the same command again with -np 1; what "
+                    "Processes that share the work are killed as soon as they start. Run the same again with `processes=1`; what "
                     "is finished is kept."
                 ) from None
             while rest:

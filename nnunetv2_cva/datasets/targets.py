@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-from nnunetv2_cva.datasets.inventory import write_json
-from nnunetv2_cva.datasets.plan import PER_DATASET, resolved
+from nnunetv2_cva.datasets.nnunet_plans import PER_DATASET, volume_configuration
+from nnunetv2_cva.files import read_object, write_json
+from nnunetv2_cva.nnunet import PREPROCESSED, find_dataset
+from nnunetv2_cva.nnunet import folder as nnunet_folder
 
 
 @dataclass(frozen=True)
@@ -29,32 +27,18 @@ class FineTuned:
         return len(self.dataset["channel_names"])
 
 
-def dataset_name(given: str) -> str:
-    """``DatasetXXX_Name`` for an id or a name.
-
-    Raises:
-        ValueError: no dataset of this id, or several.
-    """
-    try:
-        return str(maybe_convert_to_dataset_name(given))
-    except (RuntimeError, ValueError) as e:
-        if "More than one" in str(e):
-            raise ValueError(f"several datasets have the id {given}: give the full name.") from None
-        raise ValueError(f"no dataset {given} in nnUNet_raw or nnUNet_preprocessed.") from None
-
-
 def load_target(given: str, plans_name: str) -> FineTuned:
     """Raises ValueError when the dataset has no such plans."""
-    name = dataset_name(given)
-    folder = Path(nnUNet_preprocessed) / name
+    name = find_dataset(given)
+    folder = nnunet_folder(PREPROCESSED) / name
     for file in (f"{plans_name}.json", "dataset.json"):
         if not (folder / file).is_file():
             there = sorted(p.stem for p in folder.glob("*Plans*.json")) or ["none"]
             raise ValueError(
-                f"--target {given}: {folder / file} not found (plans there: {', '.join(there)}). Plan it with nnU-Net first, "
-                f"nnUNetv2_plan_and_preprocess -d {given} --no_pp, or name its plans with --target-plans."
+                f"`target={given}`: {folder / file} not found (plans there: {', '.join(there)}). Plan it with nnU-Net first, "
+                "or name its plans with `target_plans`."
             )
-    dataset, plans = (json.loads((folder / file).read_text()) for file in ("dataset.json", f"{plans_name}.json"))
+    dataset, plans = (read_object(folder / file) for file in ("dataset.json", f"{plans_name}.json"))
     return FineTuned(name, folder, dataset, plans)
 
 
@@ -66,9 +50,9 @@ def fixed_plans(fixed: dict[str, Any], configuration: str, target: FineTuned, ow
     """
     plans = {k: copy.deepcopy(v) for k, v in fixed.items() if k != "configurations"}
     plans.update({k: target.plans[k] for k in PER_DATASET if k in target.plans}, plans_name=fixed["plans_name"])
-    kept = copy.deepcopy(resolved(fixed, configuration))
+    kept = volume_configuration(fixed, configuration)
     kept.pop("cva", None)
-    theirs = resolved(target.plans, own)
+    theirs = volume_configuration(target.plans, own)
     kept.update({k: theirs[k] for k in ("normalization_schemes", "use_mask_for_norm", "batch_dice") if k in theirs})
     kept["data_identifier"] = f"{fixed['plans_name']}_{configuration}"
     plans["configurations"] = {configuration: kept}
@@ -78,8 +62,10 @@ def fixed_plans(fixed: dict[str, Any], configuration: str, target: FineTuned, ow
 def check_fixed_plans(plans: dict[str, Any], target: FineTuned) -> None:
     """Raise ValueError where the target has other plans of this name: they may be in use."""
     path = target.folder / f"{plans['plans_name']}.json"
-    if path.is_file() and json.loads(path.read_text()) != plans:
-        raise ValueError(f"{path} exists and differs from the plans to be written. Delete it, or plan under another name (-p).")
+    if path.is_file() and read_object(path) != plans:
+        raise ValueError(
+            f"{path} exists and differs from the plans to be written. Delete it, or plan under another name (`plans`)."
+        )
 
 
 def write_fixed_plans(plans: dict[str, Any], target: FineTuned) -> Path:

@@ -7,7 +7,6 @@ view. Liver, spleen, spine and bowel are about equally bright, so brightness alo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter, zoom
 
+from nnunetv2_cva.files import write_json
 from nnunetv2_cva.seeding import stream
 
 LABELS = {"background": 0, "body": 1, "liver": 2, "kidneys": 3, "vessel": 4, "lesion": 5}
@@ -58,7 +58,7 @@ def write_dataset(
         "numTraining": training,
         "file_ending": ".nii.gz",
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=2))
+    write_json(folder / "dataset.json", description)
     return names[:training], names[training:]
 
 

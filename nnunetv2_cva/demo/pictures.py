@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.demo.pipeline import image_file, truth_file
 from nnunetv2_cva.demo.workspace import CONFIGURATION, PRETRAINED, SCRATCH, Workspace
+from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.views.cases import Case
 from nnunetv2_cva.views.geometry import Pair, Triple, draw_pair
@@ -178,5 +179,7 @@ def write_pictures(workspace: Workspace, test: Sequence[str], dice: dict[str, di
     rows = {ranked[place]: f"{ranked[place]}, {name}" for name, place in places.items()}
     with rc_context():
         rcdefaults()  # nnU-Net's plots leave seaborn's fonts behind
-        draw_pair_of(case, size, config, seed).savefig(workspace.folder / "views.png", dpi=110)
-        draw_predictions(workspace, rows, means).savefig(workspace.folder / "predictions.png", dpi=110)
+        pictures = {"views": draw_pair_of(case, size, config, seed), "predictions": draw_predictions(workspace, rows, means)}
+        for name, figure in pictures.items():
+            with written_whole(workspace.folder / f"{name}.png") as partial:
+                figure.savefig(partial, dpi=110, format="png")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from nnunetv2_cva.demo.workspace import CONFIGURATION, DATASET, DATASET_ID, PLANS, PRETRAINED, RECIPE, Workspace
+from nnunetv2_cva.files import read_object, write_json
 
 Tick = Callable[[], None]
 
@@ -43,9 +44,9 @@ def plan(workspace: Workspace, size: Size, seed: int, labelled: list[str], watch
 
     extract_fingerprints([DATASET_ID], num_processes=2, verbose=False, show_progress_bar=False)
     folder = workspace.preprocessed / DATASET
-    plans = json.loads((folder / f"{plan_experiments([DATASET_ID])}.json").read_text())
-    (folder / f"{PLANS}.json").write_text(json.dumps(_reduced(plans, size, seed), indent=2))
-    (folder / "splits_final.json").write_text(json.dumps([{"train": labelled, "val": watched}], indent=2))
+    plans = read_object(folder / f"{plan_experiments([DATASET_ID])}.json")
+    write_json(folder / f"{PLANS}.json", _reduced(plans, size, seed))
+    write_json(folder / "splits_final.json", [{"train": labelled, "val": watched}])
 
 
 def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
@@ -89,9 +90,7 @@ def preprocess() -> None:
 
 
 def untrained_scores(workspace: Workspace, device: str) -> dict[str, float]:
-    """The metrics of the probe pairs, as the pretraining logs them, for the network that it starts from."""
-    from nnunetv2_cva.model.branches import Teacher
-    from nnunetv2_cva.training.probe import score
+    """The metrics of the watched pairs, as the pretraining logs them, for the network that it starts from."""
     from nnunetv2_cva.training.trainer import CVATrainer
 
     class Untrained(CVATrainer):
@@ -100,9 +99,9 @@ def untrained_scores(workspace: Workspace, device: str) -> dict[str, float]:
     plans = {**workspace.plans(), "continue_training": False}
     trainer = Untrained(plans, CONFIGURATION, "all", workspace.dataset_json(), torch.device(device))
     trainer.initialize()
-    trainer._open_data()
-    teacher = Teacher(trainer.student).to(trainer.device).eval()
-    return score(trainer.student, teacher, trainer.probe_batches, trainer.config, trainer.device, trainer._autocast)
+    trainer.make_teacher()
+    trainer.open_data()
+    return trainer.watch()
 
 
 def pretrain(workspace: Workspace, device: str, tick: Tick) -> None:
@@ -160,13 +159,7 @@ def fine_tune(workspace: Workspace, run: str, size: Size, seed: int, device: str
     trainer.initialize()
     if run == PRETRAINED:
         load_pretrained_weights(trainer.network, str(workspace.weights))
-    step = trainer.train_step
-
-    def counted(batch: dict) -> dict:
-        tick()
-        return step(batch)
-
-    trainer.train_step = counted
+    trainer.network.register_forward_hook(lambda network, *_: tick() if network.training else None)
     _seed(seed)
     trainer.run_training()
 

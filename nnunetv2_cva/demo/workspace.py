@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
+
+from nnunetv2_cva.files import read_object, write_json
+from nnunetv2_cva.installation.hook import recipes_folder
 
 DATASET_ID, DATASET = 901, "Dataset901_CVADemo"
 PLANS, CONFIGURATION, RECIPE = "nnUNetCVADemoPlans", "3d_fullres", "nnUNetTrainerCVA"
@@ -63,10 +64,10 @@ class Workspace:
         return self.pretraining / "checkpoint_final.pth"
 
     def plans(self) -> dict[str, Any]:
-        return json.loads((self.preprocessed / DATASET / f"{PLANS}.json").read_text())
+        return read_object(self.preprocessed / DATASET / f"{PLANS}.json")
 
     def dataset_json(self) -> dict[str, Any]:
-        return json.loads((self.raw / DATASET / "dataset.json").read_text())
+        return read_object(self.raw / DATASET / "dataset.json")
 
     def claim(self, overwrite: bool) -> None:
         """Make this folder a demo's and remove what an earlier demo left in it. Nobody else's files are touched.
@@ -75,12 +76,12 @@ class Workspace:
             ValueError: it is no demo's folder, holds something, and ``overwrite`` was not asked for; or it is a file.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file. Choose another place with --folder.")
+            raise ValueError(f"{self.folder} is a file. Choose another `folder`.")
         used = self.folder.is_dir() and any(self.folder.iterdir())
         if used and not (self.folder / RECORD).is_file() and not overwrite:
             raise ValueError(
-                f"{self.folder} is not empty and was not made by the demo. Choose another place with --folder, or pass "
-                f"--overwrite: that replaces {', '.join((*FOLDERS, *FILES))} in it and leaves everything else alone."
+                f"{self.folder} is not empty and was not made by the demo. Choose another `folder`, or "
+                f"`overwrite`: that replaces {', '.join((*FOLDERS, *FILES))} in it and leaves everything else alone."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.record(state="started")
@@ -92,14 +93,12 @@ class Workspace:
     def record(self, **content: Any) -> None:
         """Write the file that says what the folder is, how far the demo came and, in the end, its numbers."""
         about = {"made_by": "nnUNetv2_cva demo", **content}
-        (self.folder / RECORD).write_text(json.dumps(about, indent=2) + "\n")
+        write_json(self.folder / RECORD, about)
 
 
 @contextmanager
 def environment(workspace: Workspace) -> Iterator[None]:
     """nnU-Net's variables point into the demo's folder; what the user has set is ignored and comes back afterwards."""
-    recipes = find_spec("nnunetv2_cva.trainers")
-    assert recipes is not None and recipes.submodule_search_locations, "trainers/ is installed with the package"
     before = dict(os.environ)
     for name in [n for n in os.environ if n.startswith("nnUNet_")]:
         del os.environ[name]
@@ -107,7 +106,7 @@ def environment(workspace: Workspace) -> Iterator[None]:
         nnUNet_raw=str(workspace.raw),
         nnUNet_preprocessed=str(workspace.preprocessed),
         nnUNet_results=str(workspace.results(PRETRAINED)),
-        nnUNet_extTrainer=list(recipes.submodule_search_locations)[0],
+        nnUNet_extTrainer=recipes_folder(),
         nnUNet_n_proc_DA="1",
         nnUNet_def_n_proc="2",
         nnUNet_compile="f",  # compiling takes longer than the demo

@@ -9,9 +9,11 @@ import contextlib
 import io
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +21,10 @@ import torch
 
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.clock import Clock, make_clock
+from nnunetv2_cva.training.copies import COPIED
 from nnunetv2_cva.training.trainer import CVATrainer
+from nnunetv2_cva.transfer.target import find_target
+from nnunetv2_cva.views.resources import CGROUPS, usable_cores
 
 # Of the seconds that a measurement may take. Starting is not counted.
 LOADER, DEVICE, BOTH = 0.25, 0.35, 0.4
@@ -47,34 +52,69 @@ class Speeds:
         return "loader" if self.loader < self.device else "device"
 
 
+def bench(
+    dataset: str, configuration: str, plans: str, trainer: str, device: str, seconds: float, say: Callable[[str], None]
+) -> list[str]:
+    """Measure a training for about ``seconds``, given as nnUNetv2_train's arguments. Returns the table, the bottleneck and what
+    to do, as lines; ``say`` is told what goes on.
+
+    Raises:
+        ValueError: as ``find_target``, ``bench_trainer`` and ``measure``.
+    """
+    target = find_target(dataset, configuration, plans, trainer)
+    say(f"{target.label} on {device}: about {seconds:.0f} s after the start.")
+    used = torch.device(device)
+    with _threads(device), bench_trainer(target.trainer, target.plans, configuration, target.dataset_json, used) as made:
+        found = measure(made, seconds, lambda part: say(f"measuring: {part}"))
+        other = found.loader / found.device if found.bottleneck == "device" else found.device / found.loader
+        comparison = "The loader is" if found.bottleneck == "device" else "The device would be"
+        helps = (*advice(found, made, usable_cores(os.environ, CGROUPS)), *warnings(Path(made.log_file).read_text("utf-8")))
+        return [
+            "",
+            *table(found, made),
+            "",
+            f"Bottleneck: the {found.bottleneck}. {comparison} {other:.1f} times as fast. What would help:",
+            *(f"  {line}" for line in helps),
+        ]
+
+
+@contextlib.contextmanager
+def _threads(device: str) -> Iterator[None]:
+    """As many threads as nnUNetv2_train gives torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cuda" else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
 def bench_trainer(
     trainer: type, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], device: torch.device
-) -> Iterator[tuple[CVATrainer, list[str]]]:
-    """A trainer that is ready for its first step and writes nothing that stays, and the list of what it says. Its loader has
-    started.
+) -> Iterator[CVATrainer]:
+    """A trainer that is ready for its first step and writes nothing that stays. Its loader has started.
 
     Raises:
         ValueError: no trainer of this package, no such device, or what training would refuse.
     """
     if not (isinstance(trainer, type) and issubclass(trainer, CVATrainer)):
         raise ValueError(f"{trainer.__name__} is no pretraining trainer of this package. nnUNetv2_cva trainers lists them.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA device that this torch can use (nnUNetv2_cva doctor says why). Try -device cpu.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("There is no MPS device that this torch can use. Try -device cpu.")
+    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, True):
+        name = device.type.upper()
+        raise ValueError(
+            f"There is no {name} device that this torch can use (nnUNetv2_cva doctor says why). There is always cpu."
+        )
     kept = {name: os.environ.get(name) for name in ("nnUNet_results", "nnUNet_wandb_enabled")}
     tuned, made = torch.backends.cudnn.benchmark, None
-    said: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(nnUNet_results=folder, nnUNet_wandb_enabled="0")
         try:
             torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train sets it
             with contextlib.redirect_stdout(io.StringIO()):
                 made = trainer({**plans, "continue_training": False}, configuration, "all", dataset_json, device)
-                made.print_to_log_file = lambda *words, **_: said.append(" ".join(map(str, words)))
                 _start(made)
-            yield made, said
+            yield made
         finally:
             torch.backends.cudnn.benchmark = tuned
             for name, value in kept.items():
@@ -119,7 +159,7 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
 
 def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]:
     """Steps per second, and one batch."""
-    batches = trainer.dataloader_train
+    batches = getattr(trainer.dataloader_train, "batches", trainer.dataloader_train)  # without the copy to a GPU
     at_once = max(1, batches.workers)  # they come together: only whole rounds count
     for _ in range(batches.prepared + at_once):
         batch = next(batches)
@@ -133,10 +173,10 @@ def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]
 
 def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: Clock) -> tuple[float, float]:
     """Steps per second on one batch, differently augmented and masked in every step, and seconds of the first step."""
+    batch = {name: value.to(trainer.device) if name in COPIED else value for name, value in batch.items()}
 
     def step(number: int) -> None:
-        views = batch["views"] if trainer.device.type == "cuda" else batch["views"].clone()  # on CPUs changed in place
-        trainer.train_step({**batch, "views": views, "step": number})
+        trainer.train_step({**batch, "views": batch["views"].clone(), "step": number})  # the clone is changed in place
 
     began = perf_counter()
     step(0)
@@ -216,9 +256,10 @@ def _less_memory(trainer: CVATrainer) -> str:
     return sizes if more is None else f'gradient_checkpointing {more} in "cva", or {sizes}'
 
 
-def warnings(said: list[str]) -> list[str]:
-    """Of what the trainer said, what a user should know."""
-    return [line for line in said if any(mark in line for mark in ("WARNING", "instead of", "Going on without"))]
+def warnings(log: str) -> list[str]:
+    """Of a trainer's log, what a user should know, without the times."""
+    lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line) for line in log.splitlines())
+    return [line for line in lines if any(mark in line for mark in ("WARNING", "instead of", "Going on without", "Attention: "))]
 
 
 def table(found: Speeds, trainer: CVATrainer) -> list[str]:

@@ -36,6 +36,7 @@ class Run:
     def put_into(self, content: dict[str, Any], whole: bool) -> dict[str, Any]:
         """Add the states to a checkpoint: nnU-Net's entries, ours under ``cva``. Not ``whole``: the network's weights only."""
         content["network_weights"] = self.network.state_dict()
+        content["cva"]["family"] = self.student.backbone.family.stated()
         if whole:
             content["optimizer_state"] = self.optimizer.state_dict()
             content["grad_scaler_state"] = self.scaler.state_dict() if self.scaler else None
@@ -104,16 +105,16 @@ def load_whole(path: str | Path) -> dict[str, Any]:
 
 
 def carry_heads(path: str | Path, student: Student) -> str | None:
-    """Fill the student's heads, and a U-Net's output layer that reconstructs, from the pretraining checkpoint ``path`` as far as
-    it has them in the same shapes. Returns what was carried and what is new, in words; None where the file holds no heads.
+    """Fill the student's heads, and the network's output layer where it reconstructs, from the pretraining checkpoint ``path`` as
+    far as it has them in the same shapes. Returns what was carried and what is new, in words; None where it holds no heads.
     """
     content = opened(path)
     saved = (content.get("cva") or {}).get("heads")
     if saved is None:
         return None
-    decoder: Any = getattr(student.backbone.network, "decoder", None)  # a Primus has none: its patch decoder is a head
-    ours = {**student.heads(), "output layer": nn.ModuleList() if decoder is None else decoder.seg_layers}
-    theirs = {**saved, "output layer": _below(content["network_weights"], "decoder.seg_layers.")}
+    network, output = student.backbone.network, student.backbone.output
+    ours = {**student.heads(), "output layer": nn.ModuleList() if output is None else network.get_submodule(output)}
+    theirs = {**saved, "output layer": _below(content["network_weights"], f"{output}.")}
     fits = {name: _shapes(module.state_dict()) == _shapes(theirs.get(name, {})) for name, module in ours.items()}
     for name in (n for n, fit in fits.items() if fit):
         ours[name].load_state_dict(theirs[name])

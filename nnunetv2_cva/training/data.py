@@ -53,10 +53,10 @@ def evenly(keys: list[str], count: int) -> list[str]:
 
 
 def keep_back(keys: list[str], count: int) -> tuple[list[str], list[str]]:
-    """Training cases and up to ``count`` probe cases, at most a tenth of all: none of fewer than 10."""
+    """Training cases and up to ``count`` watched cases, at most a tenth of all: none of fewer than 10."""
     ordered = sorted(keys)
-    probes = evenly(ordered, min(count, len(ordered) // 10))
-    return [k for k in ordered if k not in set(probes)], probes
+    watched = evenly(ordered, min(count, len(ordered) // 10))
+    return [k for k in ordered if k not in set(watched)], watched
 
 
 def check_folds(fold: int | str, dataset: str | Path, folder: str | Path) -> None:
@@ -74,16 +74,16 @@ def check_folds(fold: int | str, dataset: str | Path, folder: str | Path) -> Non
 
 
 class TrainingData:
-    """Batches of training cases and the fixed probe pairs.
+    """Batches of training cases and the watched pairs, which are always the same.
 
-    ``training``, ``probes``: case names; without names to keep back, probe pairs are training cases and ``summary`` says so.
+    ``training``, ``watched``: case names; without any to watch, pairs of training cases are watched, and ``say`` is told so.
     """
 
     def __init__(
         self,
         folder: str | Path,
         training: list[str],
-        probes: list[str],
+        watched: list[str],
         channels: int,
         size: tuple[int, int, int],
         config: CVAConfig,
@@ -98,15 +98,14 @@ class TrainingData:
                 "different cases. Lower batch_size or add cases."
             )
         self.index = read_index(folder)
-        self.cases = Cases(folder if self.index is None else self.index.root, sorted(set(training) | set(probes)))
+        self.cases = Cases(folder if self.index is None else self.index.root, sorted(set(training) | set(watched)))
         self.training = training
         self._check(channels)
-        if probes:
-            self.probes = evenly(sorted(probes), config.probe_cases)
-            say(f"Probe pairs come from {len(self.probes)} cases that are not trained on: {', '.join(self.probes)}.")
+        self.watched = evenly(sorted(watched or training), config.watched_cases)
+        if watched:
+            say(f"Watched pairs come from {len(self.watched)} cases that are not trained on: {', '.join(self.watched)}.")
         else:
-            self.probes = evenly(sorted(training), config.probe_cases)
-            say(f"Too few cases to keep any back: the probe pairs come from {len(self.probes)} training cases.")
+            say(f"Too few cases to keep any back: the watched pairs come from {len(self.watched)} training cases.")
 
     def _check(self, channels: int) -> None:
         """Read headers and, as far as time allows, voxels; see how much overlap the cases allow."""
@@ -150,10 +149,10 @@ class TrainingData:
             )
         return sampling_weights(self.index.dataset_of_keys(self.training), self.config.sampling)
 
-    def probe_batches(self) -> list[dict[str, Any]]:
-        """The probe pairs, in batches as large as a training step; always the same."""
+    def watched_batches(self) -> list[dict[str, Any]]:
+        """The watched pairs, in batches as large as a training step; always the same."""
         per_step = max(1, self.share.total)
-        groups = [self.probes[i : i + per_step] for i in range(0, len(self.probes), per_step)]
+        groups = [self.watched[i : i + per_step] for i in range(0, len(self.watched), per_step)]
         if len(groups) > 1 and len(groups[-1]) < 2:  # batch statistics of a single case say little
             groups[-2:] = [groups[-2] + groups[-1]]
         return [

@@ -5,10 +5,7 @@ Checkpoints carry the stock trainer's name, so prediction needs nothing of this 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +13,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import FinetuneConfig, resolve
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
-
-KEY = "cva_finetune"  # of a configuration in the plans; not "cva", which plans copied from the pretraining may hold
-VARIABLE = "nnUNet_cva_finetune"
-# The settings that a fine-tuning has. Clipping is in the stock trainers' training step: 12 for U-Nets, 1 for Primus.
-SETTINGS = ("epochs", "warmup_epochs", "iterations_per_epoch", "optimizer", "learning_rate", "weight_decay", "momentum", "betas")
-WARMUP_EPOCHS = 50
 
 
 class Finetuning(nnUNetTrainer):
     """Stands before a stock trainer in a recipe's bases: ``class X(Finetuning, nnUNet_Primus_M_Trainer)``."""
 
-    config: CVAConfig = CVAConfig()
+    config: FinetuneConfig = FinetuneConfig()
     optimizer: Any
     lr_scheduler: Any
 
@@ -43,8 +34,7 @@ class Finetuning(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        block = self.configuration_manager.configuration.get(KEY)
-        self.config = resolve_finetuning(type(self).config, block, configuration, os.environ)
+        self.config = resolve(type(self).config, self.plans_manager.plans, configuration, os.environ)
         self.initial_lr, self.weight_decay = self.config.learning_rate, self.config.weight_decay
         self.num_epochs, self.num_iterations_per_epoch = self.config.epochs, self.config.iterations_per_epoch
 
@@ -64,7 +54,7 @@ class Finetuning(nnUNetTrainer):
         super().on_train_start()
         self.print_to_log_file(
             f"Fine-tuning: {self.config.optimizer}, learning rate {self.config.learning_rate:g} after "
-            f"{self.config.warmup_epochs} warm-up epochs of {self.num_epochs}. "
+            f"{self.config.warmup} warm-up epochs of {self.num_epochs}. "
             f"Checkpoints carry the name {self.stock_trainer().__name__}."
         )
 
@@ -95,41 +85,10 @@ class Finetuning(nnUNetTrainer):
 class Schedule:
     """nnU-Net's interface to a learning rate that is a function of the epoch alone."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: CVAConfig) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, config: FinetuneConfig) -> None:
         self.optimizer, self.config = optimizer, config
 
     def step(self, epoch: int) -> None:
         """Set the rate of ``epoch``."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(epoch, self.config)
-
-
-def resolve_finetuning(
-    recipe: CVAConfig, block: Mapping[str, Any] | None, configuration: str, environment: Mapping[str, str]
-) -> CVAConfig:
-    """recipe < plans file, ``configurations[c]["cva_finetune"]`` < environment variable ``nnUNet_cva_finetune`` (JSON).
-
-    Unless set, the warm-up is a tenth of the epochs and at most 50: 50 of 1000, 15 of 150.
-
-    Raises:
-        ValueError: a bad value anywhere; the message names the key and where it came from.
-    """
-    config, given = recipe, set()
-    text = environment.get(VARIABLE, "").strip()
-    try:
-        thrown_in = json.loads(text) if text else {}
-    except json.JSONDecodeError as e:
-        raise ValueError(
-            f"environment variable {VARIABLE}: expected JSON such as '{{\"epochs\": 150}}', found {text!r} ({e})."
-        ) from None
-    for origin, values in (
-        (f'plans file, configurations["{configuration}"]["{KEY}"]', block or {}),
-        (f"environment variable {VARIABLE}", thrown_in),
-    ):
-        if isinstance(values, Mapping) and (unknown := [k for k in values if k not in SETTINGS]):
-            raise ValueError(f"{origin}: unknown setting {unknown[0]!r}. Valid settings: {', '.join(SETTINGS)}.")
-        config = config.updated(values, origin)
-        given |= set(values)
-    if "warmup_epochs" not in given:
-        config = replace(config, warmup_epochs=min(WARMUP_EPOCHS, config.epochs // 10))
-    return config

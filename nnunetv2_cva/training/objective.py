@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,20 @@ def prepare(batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int
     mask = mask.to(device, non_blocking=at_once)
     hidden = expand_mask(mask, block, size)
     return Prepared(views, rois, inside, hide(views, hidden), mask, hidden)
+
+
+class Objective(Protocol):
+    """What turns the branches' outputs into losses; see :func:`objective`. ``total`` is what is trained."""
+
+    def __call__(
+        self,
+        student: dict[str, Tensor],
+        teacher: dict[str, Tensor],
+        batch: Prepared,
+        config: Any,
+        cases: Sequence[int] | None = None,
+        /,
+    ) -> dict[str, Tensor]: ...
 
 
 def objective(

@@ -7,20 +7,22 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import CVAConfig, FinetuneConfig
 
 POLY_EXPONENT = 0.9  # nnU-Net's
 
 
-def learning_rate(epoch: int, config: CVAConfig) -> float:
-    """Linear warm-up over ``warmup_epochs``, then polynomial decay that reaches 0 after the last epoch."""
-    if epoch < config.warmup_epochs:
-        return config.learning_rate * (epoch + 1) / config.warmup_epochs
-    progress = (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs)
+def learning_rate(epoch: int, config: CVAConfig | FinetuneConfig) -> float:
+    """Linear warm-up, then polynomial decay that reaches 0 after the last epoch."""
+    if epoch < config.warmup:
+        return config.learning_rate * (epoch + 1) / config.warmup
+    progress = (epoch - config.warmup) / max(1, config.epochs - config.warmup)
     return config.learning_rate * max(0.0, 1 - progress) ** POLY_EXPONENT
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: CVAConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: CVAConfig | FinetuneConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), on CUDA fused if configured."""
     trained = [p for p in parameters if p.requires_grad]
     fused = config.fused_optimizer if device.type == "cuda" else None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p, save_json
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -20,26 +22,35 @@ from torch import Tensor, nn
 
 from nnunetv2_cva import __version__
 from nnunetv2_cva.config import CVAConfig, check_resumable, resolve
-from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.files import write_json
+from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
-from nnunetv2_cva.training import report
+from nnunetv2_cva.training import messages
+from nnunetv2_cva.training.attention import choose, preferring
+from nnunetv2_cva.training.copies import DeviceBatches, Lane
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
-from nnunetv2_cva.training.monitor import History
-from nnunetv2_cva.training.objective import prepare
-from nnunetv2_cva.training.probe import criterion, score
+from nnunetv2_cva.training.history import History
+from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.step import TrainingStep, all_finite
+from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
 
 
 class CVATrainer(nnUNetTrainer):
-    """Base of all recipes. A recipe sets ``config`` and, for a network that nnU-Net builds in a trainer, ``backbone_trainer``."""
+    """Base of all recipes. A recipe sets ``config`` and, for a network that nnU-Net builds in a trainer, ``backbone_trainer``.
+
+    Research may also set ``objective`` (losses of its own; ``config`` may be a subclass of CVAConfig with their settings) and
+    ``backbone`` (how the student uses a network that ``make_backbone`` does not know), both as ``staticmethod``.
+    """
 
     config: CVAConfig = CVAConfig()
     backbone_trainer: type[nnUNetTrainer] = nnUNetTrainer
+    objective: Objective = staticmethod(objective)
+    backbone: Callable[[nn.Module, CVAConfig], Backbone] = staticmethod(make_backbone)
     current_epoch: int
     was_initialized: bool
     data: TrainingData
@@ -56,10 +67,11 @@ class CVATrainer(nnUNetTrainer):
         self.config = resolve(type(self).config, self.plans_manager.plans, configuration, os.environ)
         self.num_epochs = self.config.epochs
         self.num_iterations_per_epoch = self.config.iterations_per_epoch
-        self.num_val_iterations_per_epoch = 0  # nothing is labelled; probe pairs are scored instead
+        self.num_val_iterations_per_epoch = 0  # nothing is labelled; watched pairs are scored instead
         self.enable_deep_supervision = False
         self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
+        self.config = self.config.for_view(self.view_size)
         if self.config.gradient_checkpointing and self.device.type == "mps":
             self.config = replace(self.config, gradient_checkpointing=False)
             self.print_to_log_file("gradient_checkpointing is off: torch cannot repeat random draws on mps.")
@@ -114,7 +126,7 @@ class CVATrainer(nnUNetTrainer):
             )
         except AssertionError as e:
             raise not_built(self.backbone_trainer.__name__, self.view_size, e) from e
-        backbone = make_backbone(self.network, self.config)
+        backbone = self.backbone(self.network, self.config)
         backbone.check_view(self.view_size)
         self.student = Student(backbone, self.config).to(self.device)
         if self.config.channels_last:
@@ -129,11 +141,11 @@ class CVATrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self._start_from_file()
-        self._make_teacher()
-        self._open_data()
+        self.make_teacher()
+        self.open_data()
         cases = self.configuration_manager.batch_size
         has_teacher = self.teacher is not None
-        for line in report.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
+        for line in messages.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
             self.print_to_log_file(line)
         self.print_plans()
         if self.local_rank == 0:
@@ -145,15 +157,26 @@ class CVATrainer(nnUNetTrainer):
             self._wrapped(self.student),
             self.config,
             self.data.share.per_rank,
-            self._autocast,
+            self.autocast,
             self._do_i_compile(),
             self.print_to_log_file,
+            self.objective,
+            attention=partial(preferring, self._choose_attention()),
         )
         its = self.num_iterations_per_epoch
-        self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        batches = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        self.dataloader_train = DeviceBatches(batches, Lane(self.device)) if self.device.type == "cuda" else batches
         self._resumed = None
         self._saved_at = monotonic()
         empty_cache(self.device)
+
+    def _choose_attention(self) -> str | None:
+        """The kernel that attention prefers; None: torch's order."""
+        views = (self.data.share.end - self.data.share.begin) * (2 if self.config.needs_second_view else 1)
+        kernel, line = choose(self.config.attention, self.student.backbone, views, self.device, self.autocast_dtype)
+        if line is not None:
+            self.print_to_log_file(line)
+        return kernel
 
     def _start_from_file(self) -> None:
         """Fill the network from ``init_from``, adapted where it must be; a resumed run has its weights already."""
@@ -166,9 +189,9 @@ class CVATrainer(nnUNetTrainer):
             if heads is not None:
                 self.print_to_log_file(heads)
 
-    def _make_teacher(self) -> None:
+    def make_teacher(self) -> None:
         """The teacher starts as a copy of the student as it is now: after nnU-Net has loaded any weights."""
-        if self.config.needs_heads:
+        if self.config.needs_teacher:
             self.teacher = Teacher(self.student).to(self.device).eval()
         if self._resumed is not None:
             if self.teacher is not None:
@@ -183,12 +206,13 @@ class CVATrainer(nnUNetTrainer):
                 heads = ", ".join(self.student.heads()) or "none"
                 self.print_to_log_file(f"Heads that start anew: {heads}. init_from takes those of a pretraining checkpoint, too.")
 
-    def _open_data(self) -> None:
-        training, probes = self.do_split()
+    def open_data(self) -> None:
+        """Cases to train on and pairs to watch. The student has to be there."""
+        training, watched = self.do_split()
         self.data = TrainingData(
             self.preprocessed_dataset_folder,
             training,
-            [] if set(probes) & set(training) else probes,
+            [] if set(watched) & set(training) else watched,
             self.num_input_channels,
             self.view_size,
             self.config,
@@ -196,21 +220,21 @@ class CVATrainer(nnUNetTrainer):
             self.device.type,
             self.print_to_log_file,
         )
-        self.probe_batches = self.data.probe_batches()
+        self.watched_batches = self.data.watched_batches()
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the probe pairs."""
+        """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the watched pairs."""
         if self.fold != "all":
             check_folds(self.fold, self.preprocessed_dataset_folder_base, self.preprocessed_dataset_folder)
         training, held_back = super().do_split()
-        return keep_back(training, self.config.probe_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
+        return keep_back(training, self.config.watched_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
 
     def _write_folder(self) -> None:
         """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
         maybe_mkdir_p(self.output_folder)
-        save_json(self.plans_manager.plans, join(self.output_folder_base, "plans.json"), sort_keys=False)
-        save_json(self.dataset_json, join(self.output_folder_base, "dataset.json"), sort_keys=False)
-        save_json(self.config.as_dict(), join(self.output_folder, "cva_config.json"), sort_keys=False)
+        write_json(join(self.output_folder_base, "plans.json"), self.plans_manager.plans)
+        write_json(join(self.output_folder_base, "dataset.json"), self.dataset_json)
+        write_json(join(self.output_folder, "cva_config.json"), self.config.as_dict())
         fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
         if isfile(fingerprint):
             shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
@@ -226,7 +250,7 @@ class CVATrainer(nnUNetTrainer):
 
     def on_epoch_start(self) -> None:
         self._began = monotonic()
-        self._pace = report.Pace(self.num_iterations_per_epoch, self.print_to_log_file)
+        self._pace = messages.Pace(self.num_iterations_per_epoch, self.print_to_log_file)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(torch_seed("network", self.config.seed, self.current_epoch, self.local_rank))
@@ -244,7 +268,8 @@ class CVATrainer(nnUNetTrainer):
         self._pace.tick()
         return {**losses, "overlap": batch["overlap"].mean()}
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a step."""
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
@@ -274,12 +299,17 @@ class CVATrainer(nnUNetTrainer):
         pass
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        found = score(self.student, self.teacher, self.probe_batches, self.config, self.device, self._autocast)
-        self.record.update(found)
+        self.record.update(self.watch())
+
+    def watch(self) -> dict[str, float]:
+        """The metrics of the watched pairs now."""
+        batches, how = self.watched_batches, self.autocast
+        return score(self.student, self.teacher, batches, self.config, self.device, how, self.objective)
 
     def on_epoch_end(self) -> None:
-        key, sign, _ = criterion(self.config)
-        earlier = [sign * record[key] for record in self.history.epochs]
+        best = criterion(self.config)
+        key, sign = best.name, best.sign
+        earlier = [sign * record[key] for record in self.history.epochs if key in record]
         improved = not earlier or sign * self.record[key] > max(earlier)
         self.record["seconds"] = monotonic() - self._began
         self.history.epochs.append(self.record)
@@ -305,10 +335,10 @@ class CVATrainer(nnUNetTrainer):
 
     def _report(self, note: str) -> None:
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
-        for line in report.epoch(self.record, note):
+        for line in messages.epoch(self.record, note):
             self.print_to_log_file(line)
         for logger in self.logger.loggers:
-            for name in report.metrics(self.record):
+            for name in messages.metrics(self.record):
                 logger.log(name, self.record[name], self.current_epoch)
 
     # ---- end
@@ -334,7 +364,7 @@ class CVATrainer(nnUNetTrainer):
             return
         weights = join(self.output_folder, self._to_fine_tune)
         plans, name = self.plans_manager.plans, self.configuration_name
-        self.print_to_log_file(report.closing(plans, name, self.student, self.backbone_trainer, weights))
+        self.print_to_log_file(messages.closing(plans, name, self.student, self.backbone_trainer, weights))
 
     def save_checkpoint(self, filename: str) -> None:
         """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""

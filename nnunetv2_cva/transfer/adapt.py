@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nnunetv2_cva.model.families import layout_of
 from nnunetv2_cva.model.family import Layout, Names, Role
 from nnunetv2_cva.sizes import by
-from nnunetv2_cva.transfer.read import Source, same
+from nnunetv2_cva.transfer.names import same
+from nnunetv2_cva.transfer.read import Source
 from nnunetv2_cva.transfer.resize import resized, token_grid
 from nnunetv2_cva.transfer.weights import NeedsOption
 
@@ -72,11 +73,13 @@ def match(
     view: tuple[int, ...],
     decoder: str | None = None,
     source_view: tuple[int, ...] | None = None,
+    images: Sequence[bool] | None = None,
 ) -> Transfer:
     """Decide about every tensor of ``network``, which was built for ``view``; nothing is changed yet.
 
     ``decoder``: "keep" or "fresh", None: what the source says. The output layer is always the target's own.
     ``source_view``: the extent the file's network was built for, where the file does not say it.
+    ``images``: which of the target's input channels are images; None: all.
 
     Raises:
         ValueError: another architecture family, a stale alias in the file, or a position embedding of unknown grid.
@@ -106,10 +109,17 @@ def match(
             notes += assumed
             value, how = token_grid(value, *grids, registers=(source.layout.registers, target.registers))
         else:
-            value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, enters)
+            value, how = resized(value, tuple(tensor.shape), id(tensor) in transposed, enters, images)
         action: Action = "fresh" if value is None else "adapted" if how else "carried"
         parameters = tensor.numel() if id(tensor) in trained else 0
         rows.append(Row(keys, part, role, action, how, parameters, value, enters))
+    if found.converted:
+        notes.append(
+            f"{found.converted} tensors of the file differ under their two names; taken is what the layer executes (all_modules)"
+        )
+    if chosen == "keep" and not any(r.role == "decoder" and r.value is not None for r in rows):
+        there = any(r.role == "decoder" and r.how != "not in the file" for r in rows)
+        chosen, reason = "fresh", "none of the file's fits" if there else "the file has none"
     return Transfer(source, target, tuple(rows), chosen, reason, found.unused(), tuple(notes))
 
 
@@ -156,6 +166,7 @@ class _Found:
 
     def __init__(self, source: Source) -> None:
         self.path = source.path
+        self.converted = 0  # layers whose two names are two tensors
         names = Names(source.layout.family, source.weights)
         self.named: dict[str, list[tuple[str, Tensor]]] = {}
         self.sizes: dict[str, tuple[str, int]] = {}
@@ -167,23 +178,26 @@ class _Found:
                 self.sizes[name] = part, value.numel()
 
     def take(self, names: set[str]) -> Tensor | None:
-        """The one tensor that stands under ``names``.
+        """The one tensor that stands under ``names``. Where a layer and its second name in ``all_modules`` are two tensors, as
+        in networks whose layers were converted one by one, it is the second: that is what is executed.
 
         Raises:
-            ValueError: there are several and they differ.
+            ValueError: there are several, and it is not known which of them the network executes.
         """
         hits = [hit for name in sorted(names) for hit in self.named.get(name, ())]
         for name in names:
             self.sizes.pop(name, None)
         if not hits:
             return None
-        first_key, first = hits[0]
-        for key, value in hits[1:]:
+        executed = [hit for hit in hits if ".all_modules." in hit[0]] or hits
+        first_key, first = executed[0]
+        for key, value in executed[1:]:
             if not same(value, first):
                 raise ValueError(
                     f"{self.path} holds two versions of one layer: {first_key} and {key} must be the same tensor and differ. "
                     "Whatever wrote this file has updated only one of them; remove the stale keys from it."
                 )
+        self.converted += any(not same(value, first) for _, value in hits)
         return first
 
     def unused(self) -> tuple[tuple[str, int], ...]:

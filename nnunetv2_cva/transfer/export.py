@@ -8,8 +8,9 @@ from torch import nn
 
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match, stock_obstacle
 from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
+from nnunetv2_cva.transfer.plans import same_plans, write_plans
 from nnunetv2_cva.transfer.read import Source, read
-from nnunetv2_cva.transfer.table import data_warnings, same_plans, table
+from nnunetv2_cva.transfer.table import data_warnings, table
 from nnunetv2_cva.transfer.target import Target, find_target
 from nnunetv2_cva.transfer.weights import check_writable
 from nnunetv2_cva.transfer.write import write_for_nnunet
@@ -56,6 +57,7 @@ class Outcome:
     refusal: str | None = None
     obstacle: str | None = None
     plan: dict | None = None
+    configuration: str | None = None  # of written plans
 
 
 def check(weights: Weights, place: Place) -> Outcome:
@@ -100,6 +102,18 @@ def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
     return Outcome(lines, written=not output.dry_run, plan=plan)
 
 
+def export_plans(weights: Weights, place: Place, output: Output) -> Outcome:
+    """Write plans named ``output.file`` for the place, with the network of the file: beside the target's own.
+
+    Raises:
+        ValueError: anything that cannot be read, found or written; the file does not describe a U-Net.
+    """
+    source = read(weights.file, weights.branch, weights.trust)
+    target = find_target(place.dataset, place.configuration, place.plans, place.trainer)
+    configuration, lines = write_plans(source, target, output.file, output.dry_run)
+    return Outcome((*_header(source, "Target", target), *lines), written=not output.dry_run, configuration=configuration)
+
+
 def _source(weights: Weights, output: Output | None) -> Source:
     source = read(weights.file, weights.branch, weights.trust)
     if output is not None:
@@ -118,7 +132,7 @@ def _matched(
     source = _source(weights, output)
     target = find_target(place.dataset, place.configuration, place.plans, place.trainer)
     network = target.build()
-    transfer = match(source, network, target.view, weights.decoder, place.source_view)
+    transfer = match(source, network, target.view, weights.decoder, place.source_view, target.images)
     advice = same_plans(transfer, target)
     warnings = data_warnings(source.card, target.settings, target.dataset_json)
     lines = [*_header(source, "Target", target), *table(transfer), *([f"Note: {advice}."] if advice else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from nnunetv2_cva.model.branches import backbone_class
 from nnunetv2_cva.model.families import FAMILIES
 from nnunetv2_cva.model.taps import Tap
 from nnunetv2_cva.transfer.adapt import fill, match
-from nnunetv2_cva.transfer.card import entry
-from nnunetv2_cva.transfer.nnssl import RESENC_L
+from nnunetv2_cva.transfer.architectures import built
+from nnunetv2_cva.transfer.nnssl import CONSUMERS_VIEW
 from nnunetv2_cva.transfer.read import Source, read
-from nnunetv2_cva.transfer.target import Target, trainer_class
+from nnunetv2_cva.transfer.target import target_of, trainer_class
 
 
 @dataclass(frozen=True)
@@ -90,41 +89,11 @@ def _with_taps(network: nn.Module, source: Source) -> Loaded:
 
 
 def _built(source: Source) -> nn.Module:
-    stated = (source.plans, source.configuration, source.dataset_json, source.builder)
-    if all(s is not None for s in stated):
-        plans, configuration, dataset_json, builder = stated
-        target = Target(plans, configuration, dataset_json, trainer_class(builder))  # type: ignore[arg-type]
+    if source.plans is not None and source.builder is not None:
         # Pretraining reconstructs: as many outputs as inputs. Exported weights have the outputs of their target.
-        return target.build(source.layout.channels if source.kind == "pretraining checkpoint" else None, deep_supervision=False)
-    kind, arguments = _dynamic(source)
-    if kind is None:
+        outputs = source.layout.channels if source.kind == "pretraining checkpoint" else None
+        return target_of(source).build(outputs, deep_supervision=False)
+    if not source.architecture:
         raise ValueError(f"{source.path} ({source.kind}) does not state how its network is built.")
-    import dynamic_network_architectures.architectures.unet as unets
-
-    outputs = [w.shape[0] for k, w in source.weights.items() if k.startswith("decoder.seg_layers.") and k.endswith(".weight")]
-    return getattr(unets, kind)(input_channels=source.layout.channels, num_classes=outputs[-1] if outputs else 1, **arguments)
-
-
-def _dynamic(source: Source) -> tuple[str | None, dict[str, Any]]:
-    """The U-Net that an adaptation plan names, and its arguments."""
-    name, arguments = source.architecture.get("arch_class_name"), entry(source.architecture, "arch_kwargs")
-    imported = source.architecture.get("arch_kwargs_requiring_import") or []
-    if name == "ResEncL":
-        name, arguments, imported = "ResidualEncoderUNet", dict(RESENC_L), ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    if name not in ("ResidualEncoderUNet", "PlainConvUNet"):
-        return None, {}
-    return name, {k: _torch_class(v) if k in imported else v for k, v in arguments.items()}
-
-
-def _torch_class(name: Any) -> Any:
-    """The class of ``torch.nn`` that a file names. Nothing else is imported.
-
-    Raises:
-        ValueError: it names something else.
-    """
-    if name is None:
-        return None
-    found = pydoc.locate(name) if isinstance(name, str) and name.startswith("torch.nn.") else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"Expected the name of a layer in torch.nn, found {name!r}.")
-    return found
+    classes = [w.shape[0] for k, w in source.weights.items() if k.startswith("decoder.seg_layers.") and k.endswith(".weight")]
+    return built(source.architecture, source.layout.channels, classes[-1] if classes else 1, source.view or CONSUMERS_VIEW)

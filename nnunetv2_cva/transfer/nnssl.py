@@ -11,31 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_cva.sizes import by
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match
+from nnunetv2_cva.transfer.architectures import TOKEN, built, named
 from nnunetv2_cva.transfer.card import completed, plain
-from nnunetv2_cva.transfer.read import RESENC_L_STRIDES, Source
-from nnunetv2_cva.transfer.target import Target, trainer_class
+from nnunetv2_cva.transfer.read import Source
+from nnunetv2_cva.transfer.resize import token_grid
+from nnunetv2_cva.transfer.target import Target, target_of
 from nnunetv2_cva.transfer.write import write
 
-PRIMUS_SIZES = {(396, 12, 6): "PrimusS", (792, 12, 12): "PrimusB", (864, 16, 12): "PrimusM", (1056, 24, 16): "PrimusL"}
-RESENC_L = {
-    "n_stages": 6,
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[3, 3, 3]] * 6,
-    "strides": [list(s) for s in RESENC_L_STRIDES],
-    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
-    "n_conv_per_stage_decoder": [1] * 5,
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
-_DYNAMIC = ("ResidualEncoderUNet", "PlainConvUNet")
+CONSUMERS_VIEW = (160, 160, 160)
 
 
 def own_target(source: Source) -> Target:
@@ -48,12 +32,10 @@ def own_target(source: Source) -> Target:
         raise ValueError(
             f"{source.path} ({source.kind}) is not the file of a training. Export from the checkpoint of the training itself."
         )
-    if source.plans is None or source.configuration is None or source.dataset_json is None or source.builder is None:
-        raise ValueError(
-            f"{source.path} ({source.kind}) does not state plans, configuration, dataset and trainer, which this format "
-            "describes. Export it from the folder of its training, which has plans.json and dataset.json."
-        )
-    return Target(source.plans, source.configuration, source.dataset_json, trainer_class(source.builder))
+    try:
+        return target_of(source)
+    except ValueError as e:
+        raise ValueError(f"{e} The nnssl format describes them: export from the training's folder, where they lie.") from None
 
 
 def write_for_nnssl(
@@ -80,7 +62,7 @@ def write_for_nnssl(
         "citations": card["citations"],
         "pretraining": card,
     }
-    write(path, content, source.path, lambda file: check_strictly(file, network, target))
+    write(path, content, source.path, lambda file: check_strictly(file, network))
     return plan
 
 
@@ -113,9 +95,11 @@ def adaptation_plan(network: nn.Module, target: Target, channels: int) -> dict[s
         "transpose_backward",
         "experiment_planner_used",
     )
+    # Only where there is a position for every token: elsewhere it stops the organisers' script.
+    view = {"pretrain_patch_size": settings["patch_size"]} if network.key_to_lpe is not None else {}
     return plain(
         {
-            "architecture_plans": architecture(network, settings),
+            "architecture_plans": named(network, settings),
             "pretrain_plan": {**{k: target.plans.get(k) for k in kept}, "configurations": {style: configuration}},
             "pretrain_num_input_channels": channels,
             "recommended_downstream_patchsize": settings["patch_size"],
@@ -123,56 +107,37 @@ def adaptation_plan(network: nn.Module, target: Target, channels: int) -> dict[s
             "key_to_stem": network.key_to_stem,
             "keys_to_in_proj": network.keys_to_in_proj,
             "key_to_lpe": network.key_to_lpe,
+            **view,
         }
     )
 
 
-def architecture(network: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """``architecture_plans``: ResEncL and PrimusS to L by name, other U-Nets by their arguments."""
-    kind = type(network).__name__
-    if kind == "Primus":
-        eva = network.eva
-        size = (eva.embed_dim, len(eva.blocks), eva.blocks[0].attn.num_heads)
-        token = tuple(network.down_projection.proj.kernel_size)
-        if size in PRIMUS_SIZES and token == (8, 8, 8):
-            return {"arch_class_name": PRIMUS_SIZES[size], "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-        width, depth, heads = size
-        raise ValueError(
-            f"The nnssl format names Primus S, B, M and L with tokens of 8x8x8 voxels; this one has {width} channels, {depth} "
-            f"blocks, {heads} heads and tokens of {by(token)}."
-        )
-    if kind not in _DYNAMIC:
-        raise ValueError(f"The nnssl format has no name for {kind}: it knows Primus V1, {' and '.join(_DYNAMIC)}.")
-    arguments = settings["architecture"]["arch_kwargs"]
-    if kind == "ResidualEncoderUNet" and plain(arguments) == RESENC_L:
-        return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-    return {
-        "arch_class_name": kind,
-        "arch_kwargs": arguments,
-        "arch_kwargs_requiring_import": settings["architecture"]["_kw_requires_import"],
-    }
-
-
-def check_strictly(file: Path, network: nn.Module, target: Target) -> None:
-    """Load encoder and stem of ``file`` strictly, as the consumers do, and compare.
+def check_strictly(file: Path, network: nn.Module, view: tuple[int, ...] = CONSUMERS_VIEW) -> None:
+    """Do what the consumers do: build the network that the file names, for ``view``, from the file alone; bring the position
+    embedding to its grid; load encoder and stem strictly, each under its prefix; and compare every tensor.
 
     Raises:
-        ValueError: not plain types, missing or unexpected names, or tensors that differ or are no longer shared.
+        ValueError: missing or unexpected names, shapes that do not fit, tensors that differ or are no longer shared.
     """
     content = torch.load(file, map_location="cpu", weights_only=True)
     plan, weights = content["nnssl_adaptation_plan"], content["network_weights"]
-    fresh = target.build()
+    with torch.device("meta"):  # shapes and names; it may be large
+        consumer = built(plan["architecture_plans"], plan["pretrain_num_input_channels"], 1, view)
+    wanted, position = network.state_dict(), plan["key_to_lpe"]
     for prefix in (plan["key_to_encoder"], plan["key_to_stem"]):
-        part = {k[len(prefix) + 1 :]: v for k, v in weights.items() if k.startswith(prefix + ".")}
+        part = {k: v for k, v in weights.items() if k.startswith(f"{prefix}.")}
+        for key in part:
+            if not torch.equal(part[key], wanted[key]):
+                raise ValueError(f"{key} is not the same after it has been loaded from the file.")
+        if position in part:
+            grids = [tuple(n // t for n, t in zip(size, TOKEN, strict=True)) for size in (plan["pretrain_patch_size"], view)]
+            part[position], _ = token_grid(part[position], grids[0], grids[1], (0, 0))
         try:
-            fresh.get_submodule(prefix).load_state_dict(part, strict=True)
+            consumer.get_submodule(prefix).load_state_dict(
+                {k[len(prefix) + 1 :]: v for k, v in part.items()}, strict=True, assign=True
+            )
         except RuntimeError as e:
             raise ValueError(f"{prefix} of the file does not load strictly: {e}") from None
-    loaded, wanted = fresh.state_dict(), network.state_dict()
-    for key, value in weights.items():
-        inside = key.startswith((plan["key_to_encoder"] + ".", plan["key_to_stem"] + "."))
-        if not torch.equal(value, wanted[key]) or (inside and not torch.equal(value, loaded[key])):
-            raise ValueError(f"{key} is not the same after it has been loaded from the file.")
     if len(_storages(weights)) != len(_storages({k: wanted[k] for k in weights})):
         raise ValueError("The names of one layer no longer share storage in the file.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from torch import Tensor
 
 from nnunetv2_cva.files import read_object
 from nnunetv2_cva.model.families import layout_of
-from nnunetv2_cva.model.family import UNKNOWN, Family, Layout
+from nnunetv2_cva.model.family import UNKNOWN, Family, Layout, Names
+from nnunetv2_cva.transfer.architectures import RESENC_L_STRIDES
 from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
+from nnunetv2_cva.transfer.names import called, nnunet_names
+from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 
 AGAIN = "as when this file was exported: "
-RESENC_L_STRIDES = ((1, 1, 1), *((2, 2, 2),) * 5)
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,19 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     path = Path(path)
     content = opened(path, trust)
     stored = _state_dict(content, path)
-    weights = _plain_names(stored, path)
+    check_tensors(stored, path)
+    check_tensors(entry(content, "cva", "teacher"), path)
+    stated = Family.from_stated(entry(content, "cva", "family") or entry(content, "pretraining", "family"))
+    weights, notes = nnunet_names(stored, entry(content, "nnssl_adaptation_plan"), stated, path)
     obstacle = None if "network_weights" in content else "it has no entry 'network_weights'"
     if weights.keys() != stored.keys():
         obstacle = "the names in the file are not nnU-Net's"
-    stated = Family.from_stated(entry(content, "cva", "family") or entry(content, "pretraining", "family"))
     try:
         layout = layout_of(weights, stated)
     except ValueError as e:
         if not any_network:
-            raise ValueError(f"{path}: {e}") from None
+            foreign = called(weights)
+            raise ValueError(f"{path}: {e}" + (f" This is {foreign}." if foreign else "")) from None
         layout = UNKNOWN
     if branch == "teacher":
         weights = _with_teacher(weights, layout.family, content, path)
@@ -75,7 +79,8 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: {key} holds NaN or Inf. The training that wrote it has diverged.")
     known = _nnssl if entry(content, "nnssl_adaptation_plan") else _nnunet
-    return dataclasses.replace(known(path, branch, weights, layout, content), obstacle=obstacle)
+    source = known(path, branch, weights, layout, content)
+    return dataclasses.replace(source, obstacle=obstacle, notes=(*notes, *source.notes))
 
 
 def _state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -86,27 +91,6 @@ def _state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         return content
     found = ", ".join(map(str, content)) or "nothing"
     raise ValueError(f"{path} is not a checkpoint of a network: expected an entry 'network_weights', found {found}.")
-
-
-def _plain_names(weights: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) put into names."""
-    found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        if not isinstance(value, Tensor):
-            continue
-        name = re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", str(key)))
-        if name in found and not same(found[name], value):
-            raise ValueError(
-                f"{path} holds two versions of {name}, one of them as {key}, and they differ. Remove the weights that are not "
-                "wanted from the file."
-            )
-        found[name] = value
-    return found
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of a file are one, or hold the same numbers."""
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def _with_teacher(weights: dict[str, Tensor], family: Family, content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -138,7 +122,8 @@ def _nnunet(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout,
     dataset_json = entry(arguments, "dataset_json") or _beside(path, "dataset.json", content) or None
     found = settings(plans, configuration)
     plans = plans if found else None  # else those of another training, or none at all
-    kind = "weights without a description" if "trainer_name" not in content else "nnU-Net checkpoint"
+    kind = "nnU-Net checkpoint" if plans is not None else "checkpoint without plans"
+    kind = "weights without a description" if "trainer_name" not in content else kind
     kind = "pretraining checkpoint" if entry(content, "cva") else "exported weights" if exported else kind
     return Source(
         path=path,
@@ -152,7 +137,7 @@ def _nnunet(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout,
         configuration=configuration,
         dataset_json=dataset_json,
         view=_extent(found.get("patch_size")),
-        decoder=_decoder_default(content, layout),
+        decoder=_decoder_default(content, layout, plans is not None and "trainer_name" in content),
     )
 
 
@@ -179,7 +164,7 @@ def _builder(content: Mapping[str, Any], layout: Layout) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _decoder_default(content: Mapping[str, Any], layout: Layout) -> tuple[str, str]:
+def _decoder_default(content: Mapping[str, Any], layout: Layout, planned: bool) -> tuple[str, str]:
     ours, exported = entry(content, "cva"), entry(content, "transfer")
     if ours:
         if layout.family.own_decoder:
@@ -189,7 +174,7 @@ def _decoder_default(content: Mapping[str, Any], layout: Layout) -> tuple[str, s
         return "keep", "it was trained to reconstruct masked images from this encoder's features"
     if exported.get("decoder") in ("keep", "fresh"):
         return exported["decoder"], f"{AGAIN}{exported.get('decoder_reason')}"
-    if "trainer_name" in content:
+    if planned:
         return "keep", "it was trained to segment"
     return Source.decoder
 
@@ -212,9 +197,19 @@ def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, 
         layout=_with_strides(layout, strides),
         card=entry(content, "pretraining") or from_nnssl(content),
         view=_extent(from_nnssl(content).get("view_size")),
+        decoder=_foreign_decoder(weights, layout),
         notes=notes,
         architecture=architecture,
     )
+
+
+def _foreign_decoder(weights: Mapping[str, Tensor], layout: Layout) -> tuple[str, str]:
+    """A layer that was trained behind blocks that fine-tuning does not have has seen other features than it will see there."""
+    names = Names(layout.family, weights)
+    beside = any(".blocks." in key and names.part(key)[1] == "other" for key in weights)
+    if layout.family.own_decoder and beside:
+        return "fresh", "it was trained behind blocks of the file's decoder that the target does not have"
+    return Source.decoder
 
 
 def _with_strides(layout: Layout, strides: Any) -> Layout:

@@ -15,8 +15,13 @@ from torch.nn import functional as F
 from nnunetv2_cva.sizes import by
 
 
-def resized(value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer: bool) -> tuple[Tensor | None, str]:
-    """``value`` in ``shape`` and how it got there; None and the reason where no rule leads there."""
+def resized(
+    value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer: bool, images: Sequence[bool] | None = None
+) -> tuple[Tensor | None, str]:
+    """``value`` in ``shape`` and how it got there; None and the reason where no rule leads there.
+
+    ``images``: which channels of an input layer are images; None: all. The others start at 0.
+    """
     how = []
     if value.ndim != len(shape):
         names = {4: "2D", 5: "3D"}
@@ -29,8 +34,13 @@ def resized(value: Tensor, shape: tuple[int, ...], transposed: bool, input_layer
         value = fitted
         how.append(sizes)
     if input_layer and value.ndim > 3 and value.shape[1] != shape[1] and value.shape[0] == shape[0]:
-        how.append(f"{value.shape[1]} -> {shape[1]} input channels")
-        value = input_channels(value, shape[1])
+        seen = [c for c in range(shape[1]) if images is None or len(images) != shape[1] or images[c]]
+        others = shape[1] - len(seen)
+        start = f" ({others} of them no image{'s' * (others > 1)}: start at 0)" if others else ""
+        how.append(f"{value.shape[1]} -> {shape[1]} input channels{start}")
+        wide = value.new_zeros(value.shape[0], *shape[1:])
+        wide[:, seen] = input_channels(value, len(seen)) if len(seen) != value.shape[1] else value
+        value = wide
     if tuple(value.shape) != shape:
         return None, f"shape {by(value.shape)} in the file, {by(shape)} in the target"
     return value.contiguous(), ", ".join(how)

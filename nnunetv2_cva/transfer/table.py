@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nnunetv2_cva import nnunet
 from nnunetv2_cva.transfer.adapt import Row, Transfer
-from nnunetv2_cva.transfer.card import entry, settings
-from nnunetv2_cva.transfer.target import Target
+from nnunetv2_cva.transfer.card import entry
 
 ACTIONS = ("carried", "adapted", "fresh")
 
@@ -68,41 +66,6 @@ def data_warnings(card: Mapping[str, Any], settings: Mapping[str, Any], dataset_
         elif not _alike(there, here):
             found.append(f"{name} of the pretraining {_text(there)}, of the target {_text(here)}")
     return found
-
-
-def same_plans(transfer: Transfer, target: Target) -> str | None:
-    """How the target gets the network that the weights were made with, where two U-Nets differ; None where nothing can be said.
-
-    The target's own plans, and what was preprocessed with them, are never overwritten.
-    """
-    card = transfer.source.card
-    plans, dataset, trained = entry(card, "plans"), entry(card, "dataset").get("name"), card.get("configuration")
-    stages_differ = any("stage" in d for d in transfer.source.layout.differences(transfer.target))
-    if not (stages_differ and isinstance(dataset, str) and isinstance(trained, str) and settings(plans, trained)):
-        return None
-    base = nnunet.fine_tuned(plans, trained)
-    if "architecture" not in settings(plans, base):
-        return None
-    name, source_plans = str(target.plans["dataset_name"]), plans.get("plans_name")
-    if dataset == name:
-        return f"The weights were made with plans {source_plans}, configuration {base}, of the same dataset, as they were then"
-    schemes = settings(plans, base).get("normalization_schemes") or []
-    if base != trained and source_plans != target.plans["plans_name"] and base in target.plans["configurations"]:
-        given = str(source_plans)
-        command = f"nnUNetv2_cva plan -d {dataset} --keep-plans -p {given} -c {base} --target {name}"
-        command += f" --target-plans {target.plans['plans_name']}"
-    elif len(schemes) != transfer.target.channels:
-        return (
-            f"The plans differ. Those of {dataset} cannot be moved to {name} as they are: they normalise {len(schemes)} "
-            f"channel{'s' * (len(schemes) != 1)}, {name} has {transfer.target.channels}"
-        )
-    else:
-        given = f"{source_plans}From{dataset}"
-        command = f"nnUNetv2_move_plans_between_datasets -s {dataset} -sp {source_plans} -t {name} -tp {given}"
-    return (
-        f"The plans differ. To give {name} those of {dataset}, beside its own: {command} && nnUNetv2_preprocess -d "
-        f"{nnunet.dataset_argument(name)} -plans_name {given} -c {base}; then use -p {given} -c {base}"
-    )
 
 
 def _parts(rows: tuple[Row, ...]) -> list[tuple[str, tuple[Row, ...]]]:

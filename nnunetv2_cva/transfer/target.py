@@ -16,7 +16,11 @@ from torch import nn
 
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.files import read_object
+from nnunetv2_cva.transfer.architectures import importable
 from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.read import Source
+
+_NO_IMAGE = re.compile(r"(?<![a-z])(no_?norm|masks?|seg(mentation)?s?|labels?|distances?)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,32 @@ class Target:
         return tuple(self.settings["patch_size"])
 
     @property
+    def images(self) -> tuple[bool, ...]:
+        """Which of the network's input channels show an image: not masks, not what is left as it is (noNorm), not the labels of a
+        cascade's first stage, which come last, a channel each.
+        """
+        names = entry(self.dataset_json, "channel_names") or entry(self.dataset_json, "modality")
+        schemes = self.settings.get("normalization_schemes")
+        found = []
+        for i in range(len(names)):
+            left = isinstance(schemes, list) and len(schemes) > i and schemes[i] == "NoNormalization"
+            found.append(not left and not _NO_IMAGE.search(str(names.get(str(i)))))
+        labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels if self.follows else ()
+        return (*found, *(False for _ in labels))
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is the second stage of a cascade."""
+        return isinstance(self.settings.get("previous_stage"), str)
+
+    @property
+    def plans_manager(self) -> Any:
+        """nnU-Net's view of the plans."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self.plans)
+
+    @property
     def label(self) -> str:
         """How the target is called in tables and messages."""
         name, plans = self.plans.get("dataset_name"), self.plans.get("plans_name")
@@ -57,9 +87,8 @@ class Target:
             ValueError: nnU-Net refuses to build it; says why.
         """
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-        plans = PlansManager(self.plans)
+        plans = self.plans_manager
         settings = plans.get_configuration(self.configuration)
         pretraining = getattr(self.trainer, "backbone_trainer", None)
         try:
@@ -87,6 +116,23 @@ class Target:
                 ) from None
 
 
+def target_of(source: Source) -> Target:
+    """The network that a file was trained with, from the plans that lie in it.
+
+    Raises:
+        ValueError: the file does not say, or what it names is not to be imported.
+    """
+    if source.plans is None or source.configuration is None or source.dataset_json is None or source.builder is None:
+        raise ValueError(f"{source.path} ({source.kind}) does not state plans, configuration, dataset and trainer.")
+    target = Target(source.plans, source.configuration, source.dataset_json, trainer_class(source.builder))
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    stock = nnUNetTrainer.build_network_architecture
+    if getattr(target.trainer, "backbone_trainer", target.trainer).build_network_architecture is stock:
+        importable(entry(target.settings, "architecture"))
+    return target
+
+
 def find_target(dataset: str, configuration: str, plans: str, trainer: str) -> Target:
     """The target of this name or number as ``nnUNetv2_train`` would find it.
 
@@ -111,6 +157,11 @@ def find_target(dataset: str, configuration: str, plans: str, trainer: str) -> T
     for name in ("dataset_name", "plans_name"):
         if not isinstance(content.get(name), str):
             raise ValueError(f"{file} states no {name}: it is not a plans file of nnU-Net. Plan the dataset again.")
+    if isinstance(content.get("pretrain_info"), dict):
+        raise ValueError(
+            f"{file} was made by nnUNetv2_preprocess_like_nnssl: nnUNetv2_train_pretrained of nnU-Net's git master trains it and "
+            "takes a file in the nnssl format, which `nnUNetv2_cva export` writes, too."
+        )
     configurations = entry(content, "configurations")
     if configuration not in configurations:
         raise ValueError(f"{file} has no configuration {configuration!r}. Found: {', '.join(configurations) or 'none'}.")

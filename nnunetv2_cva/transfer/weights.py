@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.transfer.safety import check_archive, check_containers
 
 # How files begin that torch.save has written: as zip archives, or before PyTorch 1.6 as pickles (of protocol 2 and later).
 BEGINNINGS = (b"PK\x03\x04", b"\x80")
@@ -37,13 +38,14 @@ def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[s
     ``mapped``: tensors are read from the file when they are used; not where the file may be replaced before.
 
     Raises:
-        ValueError: missing, truncated, no checkpoint; ``NeedsOption`` where code in it would be executed and it is not trusted.
+        ValueError: missing, damaged, no checkpoint; ``NeedsOption`` where code in it would be executed and it is not trusted.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     if not _beginning(path).startswith(BEGINNINGS):
         raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.")
+    check_archive(path)
     try:
         content = _load(path, trust, mapped)
     except pickle.UnpicklingError as e:
@@ -57,6 +59,7 @@ def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[s
         raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: expected a dictionary, found {type(content).__name__}.")
+    check_containers(content, path)
     return content
 
 
@@ -73,6 +76,7 @@ def _load(path: Path, trust: bool, mapped: bool) -> Any:
     if trust:
         return torch.load(path, weights_only=False, **options)
     with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Validating sparse tensor invariants")  # refused by safety.py
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says it
         return torch.load(path, weights_only=True, **options)
 

@@ -7,13 +7,15 @@ below that folder without ``.b2nd``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.sizes import by
 
 INDEX = "index.tsv"
 
@@ -50,12 +52,10 @@ class Index:
 def write_index(folder: Path, entries: Iterable[Entry], root: str = "") -> None:
     """``root``: where the cases lie; empty for ``folder`` itself, which can then be moved."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{INDEX}.{os.getpid()}"
-    with open(partial, "w", encoding="utf-8") as f:
+    with written_whole(folder / INDEX) as partial, open(partial, "w", encoding="utf-8") as f:
         f.write(f"root\t{root}\n")
         for e in sorted(entries, key=lambda e: e.key):
-            f.write(f"{e.key}\t{'x'.join(map(str, e.shape))}\t{e.dataset}\n")
-    os.replace(partial, folder / INDEX)
+            f.write(f"{e.key}\t{by(e.shape)}\t{e.dataset}\n")
 
 
 def read_index(folder: str | Path) -> Index | None:
@@ -73,7 +73,7 @@ def read_index(folder: str | Path) -> Index | None:
         keys, shapes, names = zip(*(line.split("\t") for line in lines), strict=True) if lines else ((), (), ())
         sizes = np.array(" ".join(shapes).replace("x", " ").split(), dtype=np.int32).reshape(len(keys), 4)
     except ValueError:
-        raise ValueError(f"{path} is damaged. Delete it and run `nnUNetv2_cva preprocess` (or plan --adopt) again.") from None
+        raise ValueError(f"{path} is damaged. Delete it, then plan and preprocess the dataset again.") from None
     datasets = sorted(set(names))
     numbers = {name: number for number, name in enumerate(datasets)}
     codes = np.array([numbers[name] for name in names], dtype=np.int32)

@@ -250,7 +250,11 @@ class Batches:
             iterator._shutdown_workers()
 
     def _child_ended(self, number: int, frame: FrameType | None) -> None:
-        """torch raises from the signal, wherever the program happens to be. Here, it surfaces in ``next``."""
+        """torch raises from the signal, wherever the program happens to be. Here, it surfaces in ``next``.
+
+        There is no simpler way: torch names the process that died and how in this handler only, and without it ``next`` would
+        wait for ever. Left alone, the handler would raise in the middle of a step or of writing a checkpoint.
+        """
         if not callable(self._torch_handler):
             return
         try:
