@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -289,11 +290,17 @@ class CVATrainer(nnUNetTrainer):
         self.record: dict[str, Any] = {
             "epoch": self.current_epoch,
             **{f"{name}_loss": value.item() for name, value in means.items()},
+            **self._nulls(),
             "overlap": overlap,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "data_wait": self.dataloader_train.waited / seconds,
             "seconds": seconds,
         }
+
+    def _nulls(self) -> dict[str, float]:
+        """What losses are when nothing was learned, as far as that follows from the settings."""
+        cases = self.configuration_manager.batch_size
+        return {"contrastive_null": math.log(4 * cases - 3)} if self.config.contrastive_weight > 0 else {}
 
     def on_validation_epoch_start(self) -> None:
         pass
