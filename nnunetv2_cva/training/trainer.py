@@ -83,6 +83,7 @@ class CVATrainer(nnUNetTrainer):
         self._to_fine_tune = checkpoints.FINAL
         self._resumed: dict[str, Any] | None = None
         self._resumed_from = ""
+        self._started_from: dict[str, Any] | None = None  # licence and citations of the weights of init_from
 
     def _check_plans(self) -> None:
         """Refuse, before anything is built, what cannot be pretrained on."""
@@ -184,7 +185,9 @@ class CVATrainer(nnUNetTrainer):
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            for line in start_from(self.config.init_from, self.network, self.view_size):
+            start = start_from(self.config.init_from, self.network, self.view_size)
+            self._started_from = start.inherited
+            for line in start.lines:
                 self.print_to_log_file(line)
             heads = checkpoints.carry_heads(self.config.init_from, self.student)
             if heads is not None:
@@ -393,6 +396,7 @@ class CVATrainer(nnUNetTrainer):
                 "config": self.config.as_dict(),
                 "history": self.history.epochs,
                 "backbone_trainer": self.backbone_trainer.__name__,
+                "started_from": self._started_from,
             },
         }
         checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
@@ -415,6 +419,7 @@ class CVATrainer(nnUNetTrainer):
         self._run().restore(content)
         self.current_epoch = content["current_epoch"]
         self.history.epochs = list(content["cva"]["history"])
+        self._started_from = content["cva"].get("started_from")
         self._resumed, self._resumed_from = content, f"{path}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
 
     def _run(self) -> checkpoints.Run:
