@@ -368,11 +368,17 @@ class CVATrainer(nnUNetTrainer):
         self.record: dict[str, Any] = {
             "epoch": self.current_epoch,
             **{f"{name}_loss": value for name, value in means.items()},
+            **self._nulls(),
             **others,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "data_wait": (whole.waited + self.dataloader_train.waited) / seconds,
             "seconds": seconds,
         }
+
+    def _nulls(self) -> dict[str, float]:
+        """What losses are when nothing was learned, as far as that follows from the settings."""
+        cases = self.configuration_manager.batch_size
+        return {"contrastive_null": math.log(4 * cases - 3)} if self.config.contrastive_weight > 0 else {}
 
     def on_validation_epoch_start(self) -> None:
         pass
