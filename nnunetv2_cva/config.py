@@ -158,6 +158,9 @@ class CVAConfig(Settings):
     tf32: bool = _machine(True, "float32 convolutions in TF32, as in torch; matrix products stay exact, which RoIAlign needs")
     channels_last: bool = _machine(False, "memory format of convolutions")
     fused_optimizer: bool = _machine(True, "one kernel for all parameters, on CUDA")
+    attention: Literal["auto", "flash", "cudnn", "efficient"] = _machine(
+        "auto", "kernel of attention where it can, on CUDA in reduced precision; auto: the fastest, tried when a training starts"
+    )
     gradient_checkpointing: bool | Literal["selective"] = _machine(
         False,
         "kept for the backward pass: false: everything; true: what enters a block; selective: also convolutions, matrix products "
