@@ -19,6 +19,7 @@ COMMANDS = (
     + ("compare", "demo", "hook", "env", "trainers")
     + ("settings", "doctor", "bench")
 )
+WITHIN = {"env": "hook"}  # commands whose parts are a class of this name in the module of another
 
 
 def main(argv: Sequence[str] | None = None) -> int:
