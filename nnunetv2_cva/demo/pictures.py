@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.config import DEFAULT, CVAConfig, resolve
 from nnunetv2_cva.demo.workspace import CONFIGURATION, Workspace
 from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeding import stream
@@ -124,7 +124,7 @@ def draw_pair_of(case: Case, size: Triple, config: CVAConfig, seed: int) -> Figu
 def write_views(workspace: Workspace, seed: int) -> None:
     """Write ``views.png``."""
     plans = workspace.plans()
-    config = resolve(CVAConfig(), plans, CONFIGURATION, {})
+    config = resolve(DEFAULT, plans, CONFIGURATION, {})
     i, j, k = plans["configurations"][CONFIGURATION]["patch_size"]
     case = Case(str(min(workspace.cases.glob("*[0-9].b2nd"))))
     with rc_context():

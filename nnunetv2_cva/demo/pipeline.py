@@ -69,11 +69,6 @@ def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
         "seed": seed,
         "head_width": 256,
         "predictor_width": 64,
-        # AdamW comes further than SGD in so few iterations.
-        "optimizer": "adamw",
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "warmup_epochs": min(2, epochs - 1),
     }
     return {**plans, "plans_name": PLANS, "configurations": {CONFIGURATION: configuration}}
 
