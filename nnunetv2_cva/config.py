@@ -158,6 +158,9 @@ class CVAConfig(Settings):
     tf32: bool = _machine(True, "float32 convolutions in TF32, as in torch; matrix products stay exact, which RoIAlign needs")
     channels_last: bool = _machine(False, "memory format of convolutions")
     fused_optimizer: bool = _machine(True, "one kernel for all parameters, on CUDA")
+    attention: Literal["auto", "flash", "cudnn", "efficient"] = _machine(
+        "auto", "kernel of attention where it can, on CUDA in reduced precision; auto: the fastest, tried when a training starts"
+    )
     gradient_checkpointing: bool | Literal["selective"] = _machine(
         False,
         "kept for the backward pass: false: everything; true: what enters a block; selective: also convolutions, matrix products "
@@ -181,12 +184,16 @@ class CVAConfig(Settings):
         if self.reconstruction_weight + self.consistency_weight + self.contrastive_weight == 0:
             raise ValueError("reconstruction_weight, consistency_weight and contrastive_weight are all 0: nothing to train.")
 
-    def for_view(self, view: Sequence[int]) -> CVAConfig:
-        """With ``mask_block`` as a view of this size asks for, where it is not set."""
+    def block_edge(self, view: Sequence[int]) -> int:
+        """``mask_block``, or as a view of this size asks for."""
         if self.mask_block is not None:
-            return self
+            return self.mask_block
         edges = (e for e in MASK_BLOCKS if math.prod(-(-n // e) for n in view) >= LEAST_BLOCKS)
-        return replace(self, mask_block=next(edges, MASK_BLOCKS[-1]))
+        return next(edges, MASK_BLOCKS[-1])
+
+    def for_view(self, view: Sequence[int]) -> CVAConfig:
+        """With ``mask_block`` set."""
+        return replace(self, mask_block=self.block_edge(view))
 
     @property
     def needs_second_view(self) -> bool:

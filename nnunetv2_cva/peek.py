@@ -110,7 +110,7 @@ def _of_images(folder: Path, most: int, said: list[str]) -> list[Sheet]:
     def sheet(number: int) -> Sheet:
         f = found[number]
         try:
-            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files).images, f.spacing))
+            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files)[0], f.spacing))
         except ValueError as e:
             raise ValueError(f"{f.files[0]}: {e}") from None
 
@@ -159,7 +159,7 @@ def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe:
     """Loaded, augmented and masked by the training's own code. Raises ValueError for a case that cannot be read."""
     key = str(cases.keys[number])
     batch = PairDataset(cases, [key], size, config, 1, (0, 1), config.seed)[number]
-    block = TOKEN if recipe.is_primus else (config.for_view(size).mask_block or 1,) * 3
+    block = TOKEN if recipe.is_primus else (config.block_edge(size),) * 3
     ready = prepare(batch, config, block, torch.device("cpu"), config.seed, number)
     title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][0]):.2f}"
     return ShownPair(title, ready.views[:, 0].numpy(), ready.visible[:, 0].numpy(), ready.rois.numpy())

@@ -15,6 +15,7 @@ LAYERS = (
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
+    {"seeing"},
     {"training"},
     {"comparing", "peek"},
     {"demo"},

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_cva.comparing.design import Design, Job, curve_epochs
+from nnunetv2_cva.comparing.design import Design, Job, curve_epochs, epochs_of
+from nnunetv2_cva.config import FinetuneConfig
 from nnunetv2_cva.files import read_object, write_json
 
 
@@ -122,16 +123,13 @@ def _read(design: Design) -> tuple[dict[str, Any], dict[str, Any]]:
 @contextlib.contextmanager
 def _surroundings(task: Task) -> Iterator[None]:
     """nnU-Net writes into the job's own folder and prints into its log; our fine-tuning trainers are told the length."""
-    from nnunetv2_cva.comparing.design import epochs_of
-    from nnunetv2_cva.config import FinetuneConfig
-
+    variable = FinetuneConfig.VARIABLE
     before = dict(os.environ)
     os.environ["nnUNet_results"] = str(task.folder / "nnunet" / task.job.name)
     if task.design.iterations is not None:
         epochs = epochs_of(task.design.iterations)
-        given = json.loads(before.get(FinetuneConfig.VARIABLE) or "{}")
         length = {"epochs": epochs, "iterations_per_epoch": task.design.iterations // epochs}
-        os.environ[FinetuneConfig.VARIABLE] = json.dumps({**given, **length})
+        os.environ[variable] = json.dumps({**_given(before.get(variable)), **length})
     task.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(task.log, "w", buffering=1, errors="replace") as log:
@@ -140,3 +138,14 @@ def _surroundings(task: Task) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _given(settings: str | None) -> dict[str, Any]:
+    """What the user has set for our fine-tuning trainers. Raises ValueError for what is no JSON object."""
+    try:
+        found = json.loads(settings or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"environment variable {FinetuneConfig.VARIABLE}: expected a JSON object, found {settings!r}.")
+    return found

@@ -91,8 +91,7 @@ def _design(request: Request, target: Target) -> Design:
     data = fine_tuned.folder / settings["data_identifier"]
     cases = sorted(p.name.removesuffix("_seg.b2nd") for p in data.glob("*_seg.b2nd"))
     if not cases:
-        number = nnunet.dataset_argument(fine_tuned.name)
-        raise ValueError(f"No preprocessed cases with labels in {data}. nnUNetv2_preprocess -d {number} makes them.")
+        raise ValueError(f"No preprocessed cases with labels in {data}. nnUNetv2_preprocess makes them.")
     training, test = split(request.fold, fine_tuned, cases)
     if max(request.labels) > len(training):
         raise ValueError(f"`labels`: fold {request.fold} has {len(training)} training cases, found {max(request.labels)}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -27,6 +28,8 @@ from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import messages
+from nnunetv2_cva.training.attention import choose, preferring
+from nnunetv2_cva.training.copies import DeviceBatches, Lane
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.history import History
@@ -79,6 +82,7 @@ class CVATrainer(nnUNetTrainer):
         self._to_fine_tune = checkpoints.FINAL
         self._resumed: dict[str, Any] | None = None
         self._resumed_from = ""
+        self._started_from: dict[str, Any] | None = None  # licence and citations of the weights of init_from
 
     def _check_plans(self) -> None:
         """Refuse, before anything is built, what cannot be pretrained on."""
@@ -158,19 +162,31 @@ class CVATrainer(nnUNetTrainer):
             self._do_i_compile(),
             self.print_to_log_file,
             self.objective,
+            attention=partial(preferring, self._choose_attention()),
         )
         its = self.num_iterations_per_epoch
-        self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        batches = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        self.dataloader_train = DeviceBatches(batches, Lane(self.device)) if self.device.type == "cuda" else batches
         self._resumed = None
         self._saved_at = monotonic()
         empty_cache(self.device)
+
+    def _choose_attention(self) -> str | None:
+        """The kernel that attention prefers; None: torch's order."""
+        views = (self.data.share.end - self.data.share.begin) * (2 if self.config.needs_second_view else 1)
+        kernel, line = choose(self.config.attention, self.student.backbone, views, self.device, self.autocast_dtype)
+        if line is not None:
+            self.print_to_log_file(line)
+        return kernel
 
     def _start_from_file(self) -> None:
         """Fill the network from ``init_from``, adapted where it must be; a resumed run has its weights already."""
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            for line in start_from(self.config.init_from, self.network, self.view_size):
+            start = start_from(self.config.init_from, self.network, self.view_size)
+            self._started_from = start.inherited
+            for line in start.lines:
                 self.print_to_log_file(line)
             heads = checkpoints.carry_heads(self.config.init_from, self.student)
             if heads is not None:
@@ -373,6 +389,7 @@ class CVATrainer(nnUNetTrainer):
                 "config": self.config.as_dict(),
                 "history": self.history.epochs,
                 "backbone_trainer": self.backbone_trainer.__name__,
+                "started_from": self._started_from,
             },
         }
         checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
@@ -395,6 +412,7 @@ class CVATrainer(nnUNetTrainer):
         self._run().restore(content)
         self.current_epoch = content["current_epoch"]
         self.history.epochs = list(content["cva"]["history"])
+        self._started_from = content["cva"].get("started_from")
         self._resumed, self._resumed_from = content, f"{path}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
 
     def _run(self) -> checkpoints.Run:
