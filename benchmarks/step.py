@@ -1,4 +1,4 @@
-"""What a training step consists of: FLOPs at the paper's sizes, times and peak memory where the machine allows.
+"""What a training step consists of: FLOPs and memory at the paper's sizes, times where the machine allows.
 
     python benchmarks/step.py flops [resencl_128 primusm_160]          # no memory needed: fake tensors, torch's own counter
     python benchmarks/step.py memory [resencl_128 primusm_160]         # bytes of all tensors at the peak, on fake tensors
@@ -21,16 +21,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from preset_memory import GB, Fake, Peak
 from subjects import PAPER, SUBJECTS, Subject, supervised
+from timing import in_turn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
-
-from nnunetv2_cva.model.branches import align
 
 # ---- FLOPs
 
@@ -77,27 +75,32 @@ def needed(subject: Subject) -> dict[str, int]:
     return dict(counts.of)
 
 
+def counted(name: str) -> tuple[Subject, dict[str, int], dict[str, int]]:
+    """The subject, FLOPs of the parts of its step and of whole steps, and of what the method needs; on fake tensors."""
+    # Which values weights begin with does not matter, and drawing them would look at values, which fake tensors have not.
+    with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake(allow_non_fake_inputs=True):
+        subject = Subject(name, torch.device("cpu"))
+        counts = Counts()
+        subject.step(counts)
+        for other in (subject.whole, subject.slow_way, supervised(subject)):
+            other(counts)
+        return subject, dict(counts.of), needed(subject)
+
+
 def flops(names: list[str]) -> None:
     """Tables of FLOPs per step, in units of 10^12."""
     for name in names:
-        # Which values weights begin with does not matter, and drawing them would look at values, which fake tensors have not.
-        with patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **__: tensor), Fake(allow_non_fake_inputs=True):
-            subject = Subject(name, torch.device("cpu"))
-            counts = Counts()
-            subject.step(counts)
-            for other in (subject.whole, subject.slow_way, supervised(subject)):
-                other(counts)
-            least = needed(subject)
+        subject, counts, least = counted(name)
         print(f"\n{name}: {subject.views} views of {'x'.join(map(str, subject.size))}, TFLOPs per step\n")
         print("| part | TFLOPs |\n|---|---|")
-        whole = counts.of["whole step"]
-        for part, count in counts.of.items():
+        whole = counts["whole step"]
+        for part, count in counts.items():
             if count:
                 share = f" ({100 * count / whole:.2f} %)" if part.startswith("RoIAlign") else ""
                 print(f"| {part}{share} | {count / 1e12:.3f} |")
         print("".join(f"| needed: {part} | {count / 1e12:.3f} |\n" for part, count in least.items()), end="")
         print(f"| needed, sum | {sum(least.values()) / 1e12:.3f} |")
-        print(f"\nwhole / needed: {whole / sum(least.values()):.4f}; whole / slow way: {whole / counts.of['slow way']:.3f}")
+        print(f"\nwhole / needed: {whole / sum(least.values()):.4f}; whole / slow way: {whole / counts['slow way']:.3f}")
 
 
 def memory(names: list[str]) -> None:
@@ -120,81 +123,24 @@ def memory(names: list[str]) -> None:
             print(f"| {run} | {found[run]:.1f} | {found[run] / found['slow way']:.2f} |", flush=True)
 
 
-# ---- time and memory
-
-
-class Times:
-    """Seconds by part; on CUDA the device's, with a wait after every part."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.steps = device, 0
-        self.of: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
-        began = perf_counter()
-        yield
-        self._wait()
-        self.of[name] += perf_counter() - began
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def roi_align_both_ways(subject: Subject, times: Times) -> None:
-    """RoIAlign of the student by itself, with its backward."""
-    with torch.no_grad(), subject.autocast:
-        maps = subject.student.backbone(subject.batch.visible, subject.batch.mask)[0]
-    maps = [m.detach().requires_grad_() for m in maps]
-    with times("RoIAlign, student, with backward"):
-        rows = align(maps, subject.student.backbone.taps, subject.batch.rois, subject.student.bins, subject.batch.views.shape[2:])
-        rows.sum().backward()
+# ---- time
 
 
 def time(names: list[str], device: torch.device, steps: int, compiled: bool) -> None:
-    """Tables of milliseconds per step, and on CUDA of peak memory."""
+    """Tables of milliseconds per step."""
     for name in names:
         subject = Subject(name, device, compiled)
-        times = Times(device)
         slow = Subject(name, device, recompute=False)
         runs = {"whole step": subject.whole, "slow way": slow.slow_way, "supervised": supervised(subject)}
         for value in (False, "selective", True):
             label = f"whole step, gradient_checkpointing {value}"
             runs[label] = partial(Subject(name, device, compiled, recompute=value).whole, name=label)
-        for step in (subject.step, *runs.values()):  # warm up
-            step(lambda name: nullcontext())
-        for _ in range(steps):  # in turn: what else runs on the machine meets all alike
-            subject.step(times)
-            for step in runs.values():
-                step(times)
-            roi_align_both_ways(subject, times)
+        found = in_turn(subject, runs, steps)
         print(f"\n{name}: {subject.views} views of {'x'.join(map(str, subject.size))} on {device.type}\n\n| part | ms | share |")
         print("|---|---|---|")
-        whole = times.of["whole step"]
-        for part, seconds in times.of.items():
-            print(f"| {part} | {1000 * seconds / steps:.1f} | {100 * seconds / whole:.1f} % |")
-        print(f"whole step / slow way: {whole / times.of['slow way']:.2f}", flush=True)
-        del subject, slow, runs
-        if device.type == "cuda":
-            peaks(name, device, compiled)
-
-
-def peaks(name: str, device: torch.device, compiled: bool) -> None:
-    """Peak memory on CUDA, each way by itself."""
-    for run in ("whole step", "slow way", "supervised"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        subject = Subject(name, device, compiled, recompute=None if run == "whole step" else False)
-        step = {"whole step": subject.whole, "slow way": subject.slow_way}.get(run)
-        if step is None:
-            step = supervised(subject)
-            del subject.student, subject.teacher, subject.network, subject.optimizer, subject.training_step
-        for _ in range(2):
-            step(lambda part: nullcontext())
-        print(f"Peak memory, {run}: {torch.cuda.max_memory_allocated() / GB:.2f} GB", flush=True)
-        del subject, step
+        for part, seconds in found.items():
+            print(f"| {part} | {1000 * seconds:.1f} | {100 * seconds / found['whole step']:.1f} % |")
+        print(f"whole step / slow way: {found['whole step'] / found['slow way']:.2f}", flush=True)
 
 
 def main() -> None:
@@ -212,7 +158,12 @@ def main() -> None:
         return
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train sets it
-    time(args.subjects or [n for n in SUBJECTS if device.type == "cuda" or n not in PAPER], device, args.steps, args.compile)
+    time(
+        args.subjects or [n for n in SUBJECTS if n.startswith("small") or device.type == "cuda" and n in PAPER],
+        device,
+        args.steps,
+        args.compile,
+    )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, int, CVAConfig]] = {
     "primusm_160": (lambda: primus(864, 16, 12, 160), 160, 4, ADAMW),
     "small_unet": (lambda: unet([16, 32, 64, 96], [1, 2, 2, 2]), 64, 2, CVAConfig(head_width=512, predictor_width=128)),
     "small_primus": (lambda: primus(384, 6, 8, 64), 64, 2, ADAMW.updated({"head_width": 512, "predictor_width": 128}, "small")),
+    "tiny_unet": (lambda: unet([8, 16, 24], [1, 1, 1]), 32, 2, CVAConfig(head_width=64, predictor_width=16)),
+    "tiny_primus": (lambda: primus(96, 2, 4, 32), 32, 2, ADAMW.updated({"head_width": 64, "predictor_width": 16}, "tiny")),
 }
 PAPER = ("resencl_128", "primusm_160")
 
@@ -67,7 +69,9 @@ PAPER = ("resencl_128", "primusm_160")
 class Subject:
     """A student, its teacher, and a batch as the loader and ``prepare`` would leave it."""
 
-    def __init__(self, name: str, device: torch.device, compiled: bool = False, recompute: Any = None) -> None:
+    def __init__(
+        self, name: str, device: torch.device, compiled: bool = False, recompute: Any = None, channels_last: bool = False
+    ) -> None:
         """``recompute``: gradient_checkpointing; None: the recipe's default."""
         make, edge, cases, self.config = SUBJECTS[name]
         if recompute is not None:
@@ -76,6 +80,8 @@ class Subject:
         with device:
             self.network = make()
             self.student = Student(make_backbone(self.network, self.config), self.config).train()
+        if channels_last:  # as the trainer does it
+            self.student.to(memory_format=torch.channels_last_3d)
         self.teacher = Teacher(self.student).eval()
         self.optimizer = make_optimizer(self.student.parameters(), self.config, device)
         run = Run(self.student, self.teacher, self.optimizer, None)

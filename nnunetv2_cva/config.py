@@ -5,8 +5,9 @@ View size, cases per step, spacing and normalisation belong to nnU-Net's plans. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from nnunetv2_cva.settings import (
 
 __all__ = ["CVAConfig", "FinetuneConfig", "PRIMUS", "check_resumable", "document", "explanations", "resolve"]
 
+MASK_BLOCKS, LEAST_BLOCKS = (16, 8, 4), 32  # edges in voxels, the paper's first; of a view
 MAX_WARMUP_EPOCHS = 50  # of a fine-tuning, unless set
 
 _BELOW_ONE = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -115,7 +117,11 @@ class CVAConfig(Settings):
     gamma_range: tuple[float, float] = _intensity((0.7, 1.5), "exponent; mean and standard deviation are kept", INTERVAL)
 
     mask_ratio: float = _mask(0.75, "share of the blocks that is hidden", _BELOW_ONE)
-    mask_block: int = _mask(16, "edge of a block in voxels, U-Nets; a Primus hides its own tokens", POSITIVE_INTEGER)
+    mask_block: int | None = _mask(
+        None,
+        "edge of a block in voxels, U-Nets; null: 16, or 8 or 4 where a view has fewer than 32 such blocks",
+        Range("null or a positive integer", lambda v: v is None or v >= 1),
+    )
 
     roi_size: tuple[int, int, int] = _heads(
         (7, 7, 7), "bins along each axis of the shared region", Range("three positive integers", lambda v: min(v) >= 1)
@@ -152,6 +158,9 @@ class CVAConfig(Settings):
     tf32: bool = _machine(True, "float32 convolutions in TF32, as in torch; matrix products stay exact, which RoIAlign needs")
     channels_last: bool = _machine(False, "memory format of convolutions")
     fused_optimizer: bool = _machine(True, "one kernel for all parameters, on CUDA")
+    attention: Literal["auto", "flash", "cudnn", "efficient"] = _machine(
+        "auto", "kernel of attention where it can, on CUDA in reduced precision; auto: the fastest, tried when a training starts"
+    )
     gradient_checkpointing: bool | Literal["selective"] = _machine(
         False,
         "kept for the backward pass: false: everything; true: what enters a block; selective: also convolutions, matrix products "
@@ -174,6 +183,17 @@ class CVAConfig(Settings):
         super().__post_init__()
         if self.reconstruction_weight + self.consistency_weight + self.contrastive_weight == 0:
             raise ValueError("reconstruction_weight, consistency_weight and contrastive_weight are all 0: nothing to train.")
+
+    def block_edge(self, view: Sequence[int]) -> int:
+        """``mask_block``, or as a view of this size asks for."""
+        if self.mask_block is not None:
+            return self.mask_block
+        edges = (e for e in MASK_BLOCKS if math.prod(-(-n // e) for n in view) >= LEAST_BLOCKS)
+        return next(edges, MASK_BLOCKS[-1])
+
+    def for_view(self, view: Sequence[int]) -> CVAConfig:
+        """With ``mask_block`` set."""
+        return replace(self, mask_block=self.block_edge(view))
 
     @property
     def needs_second_view(self) -> bool:

@@ -159,7 +159,7 @@ def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe:
     """Loaded, augmented and masked by the training's own code. Raises ValueError for a case that cannot be read."""
     key = str(cases.keys[number])
     batch = PairDataset(cases, [key], size, config, 1, (0, 1), config.seed)[number]
-    block = TOKEN if recipe.is_primus else (config.mask_block,) * 3
+    block = TOKEN if recipe.is_primus else (config.block_edge(size),) * 3
     ready = prepare(batch, config, block, torch.device("cpu"), config.seed, number)
     title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][0]):.2f}"
     return ShownPair(title, ready.views[:, 0].numpy(), ready.visible[:, 0].numpy(), ready.rois.numpy())

@@ -15,8 +15,10 @@ LAYERS = (
     {"config", "distributed"},
     {"views", "model", "losses"},
     {"transfer", "datasets"},
+    {"seeing"},
     {"training"},
-    {"demo", "peek"},
+    {"comparing", "peek"},
+    {"demo"},
     {"commands"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -121,6 +123,34 @@ def test_a_command_that_thinks_and_a_message_with_an_option_are_found():
     assert list(library_calls(text)) == ["plan", "read_json"]
     text = 'def f():\n    """As --fast."""\n    raise ValueError(f\'{x}: give --hold-out, or -d; a well-known x-y\')'
     assert list(options_in_messages(text)) == ["--hold-out", "-d"]
+
+
+def circles(imports):
+    """Modules that import each other, however many steps away. ``imports``: module -> modules."""
+
+    def reached(start):
+        seen, todo = set(), [start]
+        while todo:
+            new = imports.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return sorted(module for module in imports if module in reached(module))
+
+
+def test_no_module_imports_itself_however_many_steps_away():
+    """At run time: what is imported for types alone does not count."""
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources(PACKAGE)}
+    imports = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)):
+            node.body = [ast.Pass()]
+        names = set(imported(tree, module))
+        imports[module] = {n for name in names for n in (name, name.rpartition(".")[0]) if n in modules and n != PACKAGE}
+    assert circles(imports) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 def test_every_unit_has_a_layer():

@@ -348,6 +348,7 @@ def test_nothing_is_read_back_from_the_device():
     assert reads.found == []
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_never_waited_for_and_agrees_with_the_cpu():
     config = replace(ALL, noise_p=0.0)  # the field of noise is the device's

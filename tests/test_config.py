@@ -128,3 +128,20 @@ def test_the_command_explains_one_setting_or_all(capsys):
 
 def _meaning(name):
     return [f"      {s.meaning}" for s in explained(CVAConfig()) if s.name == name]
+
+
+@pytest.mark.parametrize(
+    ("view", "edge"),
+    [
+        ((160, 160, 160), 16),
+        ((48, 64, 48), 16),  # 3 x 4 x 3 = 36 blocks
+        ((48, 48, 48), 8),  # 27 blocks of 16
+        ((24, 32, 24), 8),  # 8 blocks of 16 would hide 6 of 8
+        ((16, 160, 160), 16),  # a thin axis is one block
+        ((16, 24, 16), 4),
+        ((8, 8, 8), 4),  # no edge makes 32 blocks
+    ],
+)
+def test_the_mask_block_follows_the_view(view, edge):
+    assert CVAConfig().for_view(view).mask_block == edge
+    assert CVAConfig(mask_block=12).for_view(view).mask_block == 12, "what is set stays"

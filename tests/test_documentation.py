@@ -27,5 +27,15 @@ def test_the_readme_has_the_table_of_metrics():
 
 def test_every_benchmark_is_described():
     text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "benchmarks").glob("*.md"))
-    scripts = {p.name for p in (ROOT / "benchmarks").glob("*.py")} - {"subjects.py"}  # what step.py compares
+    parts = {"subjects.py", "timing.py", "made.py", "gpu_items.py", "gpu_report.py", "gpu_steps.py", "gpu_tables.py"}
+    scripts = {p.name for p in (ROOT / "benchmarks").glob("*.py")} - parts
     assert {name for name in scripts if name not in text} == set()
+
+
+def test_files_that_developing_names_are_there():
+    text = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.(?:py|md))`", text))
+    assert len(named) > 25
+    assert {name for name in named if not any((ROOT / place / name).exists() for place in ("", "nnunetv2_cva", "docs"))} == {
+        "utils.py"
+    }

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from helpers.networks import primus
-from helpers.projects import DATASET_JSON, NAME, make_project, make_trainer
+from helpers.projects import DATASET_JSON, NAME, add_labels, make_project, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
@@ -57,12 +56,7 @@ def labelled(tmp_path, monkeypatch):
     """A preprocessed dataset with labels, for one process."""
     data = make_project(tmp_path, monkeypatch, cases=6)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    for file in sorted(data.glob("case_??.b2nd")):
-        image = blosc2.open(str(file), mode="r")[:]
-        labels = (image > 0.5).astype(np.int8)
-        blosc2.asarray(labels, urlpath=str(file.with_name(f"{file.stem}_seg.b2nd")), mode="w")
-        properties = {"class_locations": {1: np.argwhere(labels > 0)}, "spacing": [1.0, 1.0, 1.0]}
-        file.with_suffix(".pkl").write_bytes(pickle.dumps(properties))
+    add_labels(data)
     return data
 
 

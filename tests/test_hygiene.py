@@ -103,7 +103,7 @@ def make_zoo(folder):
     )
     spot = np.zeros(SHAPE, np.float32)
     spot[3, 4, 5] = 0.5
-    write(broken("spot.nii.gz", "all or nearly all voxels that are not air are 0.5"), spot)
+    write(broken("spot.nii.gz", "next to nothing in it: what is not zero takes 1x1x1 voxels"), spot)
     spot[3:9, 4:10, 5:11] = 0.5
     write(broken("box.nii.gz", "all or nearly all voxels that are not air are 0.5"), spot)
     speckles = np.zeros((140, 140, 140), np.float32)  # the coarse grid that statistics are taken from misses all of them
@@ -158,7 +158,8 @@ def test_simpleitk_reads_nan_as_zero(tmp_path):
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".gipl"])
 def test_good_files_are_read_by_nnunets_readers(tmp_path, ending):
     path = write(tmp_path / f"a{ending}", voxels(), (3.0, 1.5, 0.75))
-    images, properties = reading.read_images((str(path),))
+    read = reading.read_images((str(path),))
+    images, properties = read.images, read.properties
     assert images.shape == (1, *SHAPE) and images.dtype == np.float32
     assert (images[0] == voxels()).all()
     assert np.allclose(properties["spacing"], (3.0, 1.5, 0.75))
@@ -167,7 +168,8 @@ def test_good_files_are_read_by_nnunets_readers(tmp_path, ending):
 def test_tif_is_read_as_a_volume_with_the_spacing_beside_it(tmp_path):
     tifffile.imwrite(tmp_path / "a_0000.tif", voxels())
     (tmp_path / "a.json").write_text(json.dumps({"spacing": [2.0, 1.0, 1.0]}))
-    images, properties = reading.read_images((str(tmp_path / "a_0000.tif"),))
+    read = reading.read_images((str(tmp_path / "a_0000.tif"),))
+    images, properties = read.images, read.properties
     assert images.shape == (1, *SHAPE) and list(properties["spacing"]) == [2.0, 1.0, 1.0]
 
 
@@ -177,7 +179,7 @@ def test_skewed_directions_are_read_as_nnunet_does(tmp_path):
     nibabel.save(nibabel.Nifti1Image(voxels().transpose(2, 1, 0), affine), tmp_path / "a.nii.gz")
     with pytest.raises(RuntimeError, match="orthonormal"):
         SimpleITKIO().read_images((str(tmp_path / "a.nii.gz"),))
-    images, _ = reading.read_images((str(tmp_path / "a.nii.gz"),))
+    images = reading.read_images((str(tmp_path / "a.nii.gz"),)).images
     assert (images[0] == voxels()).all()
 
 
@@ -236,7 +238,7 @@ def test_every_encoding_of_nrrd_is_read(tmp_path, encoding):
         with pytest.raises(reading.Unusable, match="SimpleITKIO cannot read it"):
             reading.read_images((str(tmp_path / "a.nrrd"),))
     else:
-        assert (reading.read_images((str(tmp_path / "a.nrrd"),))[0][0] == image).all()
+        assert (reading.read_images((str(tmp_path / "a.nrrd"),)).images[0] == image).all()
 
 
 def test_whatever_happens_to_one_file_the_others_go_on(tmp_path, monkeypatch):
@@ -392,7 +394,7 @@ def test_nothing_usable_is_an_error(tmp_path):
 
 
 def keys(*images, own="Dataset500_Test", known=None, **options):
-    return [c.key for c in candidates(Sources(tuple(map(str, images)), **options), own, known or {})]
+    return [c.key for c in candidates(Sources(tuple(map(str, images)), **options), own, known or {}).cases]
 
 
 def test_only_images_of_nnunets_layout_are_read(tmp_path):
@@ -402,7 +404,7 @@ def test_only_images_of_nnunets_layout_are_read(tmp_path):
     (raw / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "T2"}}))
     assert keys(raw, own="Dataset004_A") == ["a", "b", "c_0001"]
     assert keys(raw) == ["Dataset004_A__a", "Dataset004_A__b", "Dataset004_A__c_0001"]
-    found = candidates(Sources((str(raw),)), "Dataset500_Test", {})
+    found = candidates(Sources((str(raw),)), "Dataset500_Test", {}).cases
     assert [(c.subject, c.modality) for c in found] == [
         ("Dataset004_A__a", "T1"),
         ("Dataset004_A__b", "T1"),
@@ -416,7 +418,7 @@ def test_names_follow_from_the_place_and_stay_when_folders_are_added(tmp_path):
     mine = keys(tmp_path / "x")
     assert mine == ["x__sub-01__anat__T1", "x__sub-02__anat__T1"]
     assert keys(tmp_path / "y", tmp_path / "x") == [*mine, "y__T1"]
-    found = candidates(Sources((str(tmp_path / "x"),)), "D", {})
+    found = candidates(Sources((str(tmp_path / "x"),)), "D", {}).cases
     assert [c.subject for c in found] == ["x__sub-01", "x__sub-02"] and {c.dataset for c in found} == {"x"}
 
 
@@ -425,7 +427,7 @@ def test_names_are_unique_and_legal(tmp_path):
         write(tmp_path / name, voxels())
     found = keys(tmp_path / "a" / "d", tmp_path / "b" / "d")
     assert len(set(found)) == 5 and all(len(k) < 200 and not k.endswith("_seg") and " " not in k for k in found)
-    files = {c.files: c.key for c in candidates(Sources((str(tmp_path / "b" / "d"),)), "D", {})}
+    files = {c.files: c.key for c in candidates(Sources((str(tmp_path / "b" / "d"),)), "D", {}).cases}
     (path,) = files
     assert "d__old" in keys(tmp_path / "a" / "d", tmp_path / "b" / "d", known={path: "d__old"})
 
@@ -442,7 +444,7 @@ def test_folders_of_one_name_are_several_datasets(tmp_path):
     for name in ("a/images/x", "b/images/x", "c/imagesTr/x_0000", "c/imagesTs/y_0000"):
         write(tmp_path / f"{name}.nii.gz", voxels())
     folders = [tmp_path / n for n in ("a/images", "b/images", "c/imagesTr", "c/imagesTs")]
-    found = candidates(Sources(tuple(map(str, folders))), "D", {})
+    found = candidates(Sources(tuple(map(str, folders))), "D", {}).cases
     assert {c.key: c.dataset for c in found} == {"images__x": "images", "b_images__x": "b_images", "c__x": "c", "c__y": "c"}
 
 
@@ -461,7 +463,7 @@ def test_a_table_names_dataset_subject_and_modality(tmp_path):
         csv.writer(f).writerows(
             [("path", "dataset", "subject", "modality"), ("p/1/T1.nii.gz", "A", "s1", "CT"), ("p/2/T1.nii.gz", "A", "s2", "CT")]
         )
-    found = candidates(Sources(table=str(tmp_path / "list.csv")), "D", {})
+    found = candidates(Sources(table=str(tmp_path / "list.csv")), "D", {}).cases
     assert [(c.key, c.dataset, c.subject, c.modality) for c in found] == [
         ("A__s1__T1", "A", "A__s1", "CT"),
         ("A__s2__T1", "A", "A__s2", "CT"),
@@ -471,7 +473,7 @@ def test_a_table_names_dataset_subject_and_modality(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("file\na.nii.gz\n", "expected columns path"),
+        ("file\na.nii.gz\n", "list.csv: expected the columns path, found file"),
         ("path,subject\na.nii.gz,1\n,2\n", "line 3: expected a path in column path"),
         ("subject,path\n1,a.nii.gz\n2\n", "line 3: expected a path in column path"),
     ],

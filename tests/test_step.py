@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import re
 
 import numpy as np
 import pytest
 import torch
 from helpers.networks import PRIMUS_SIZE, primus, unet
+from helpers.reads import Reads
 from torch._dynamo.backends.common import aot_autograd
 
 from nnunetv2_cva.config import PRIMUS, CVAConfig
@@ -191,13 +193,14 @@ def test_compiled_branches_train_the_same(recompute, monkeypatch, caplog):
     for n in range(3):
         first, second = (step(batch(n)) for step in steps)
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
-    assert said == [] and "in-place" not in caplog.text
+    (line,) = said
+    assert re.fullmatch(r"The first step took \d+\.\d s, torch\.compile included\.", line) and "in-place" not in caplog.text
 
 
 def test_a_compiled_primus_that_recomputes_trains_the_same(monkeypatch):
-    """The default of Primus on CUDA. Paths are not dropped here: a compiled step draws others."""
+    """The default of Primus on CUDA, each branch one graph. Paths are not dropped here: a compiled step draws others."""
     compile_, said = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager", fullgraph=True))
     found = []
     for recompute in (False, "selective"):
         config = CONFIG.updated({**PRIMUS, "gradient_checkpointing": recompute}, "test")
@@ -207,7 +210,56 @@ def test_a_compiled_primus_that_recomputes_trains_the_same(monkeypatch):
         step = TrainingStep(run, pupil.train(), config, compiled=bool(recompute), say=said.append)
         found.append([step(batch(n, PRIMUS_SIZE)) for n in range(2)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-    assert said == []
+    assert len(said) == 1 and said[0].startswith("The first step took")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_primus_that_drops_paths_is_one_graph(version):
+    """As its trainers build it."""
+    config = CONFIG.updated(PRIMUS, "test")
+    pupil = Student(make_backbone(primus(version, depth=1), config), config).train()
+    ready, graphs = batch(0, PRIMUS_SIZE), []
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(pupil, backend=count, fullgraph=True)(ready.visible, ready.mask, ready.rois)
+        torch.compile(Teacher(pupil).eval(), backend=count, fullgraph=True)(ready.views, ready.rois)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("recompute", [False, "selective"])
+@pytest.mark.parametrize("network", [unet, *(functools.partial(primus, v) for v in (1, 2, 3))], ids=["U-Net", "V1", "V2", "V3"])
+def test_a_step_waits_for_nothing(network, recompute):
+    """Nothing is read back from the device: losses, gradients, clipping, optimizer, teacher."""
+    config = CONFIG.updated({"gradient_checkpointing": recompute}, "test")
+    pupil = Student(make_backbone(network(), config), config).train()
+    run = Run(pupil, Teacher(pupil), make_optimizer(pupil.parameters(), config, CPU), None)
+    step, ready = TrainingStep(run, pupil, config), batch(0, SIZE if network is unet else PRIMUS_SIZE, pupil.backbone.block)
+    with Reads() as reads:
+        step(ready)
+    assert reads.found == []
+
+
+def test_attention_is_chosen_for_forward_and_backward():
+    """What computes activations again in the backward pass needs the same kernel."""
+    entered, inside = [], []
+
+    @contextlib.contextmanager
+    def kernel():
+        entered.append(True)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    run = make_run()
+    run.student.register_forward_hook(lambda *_: entered.append(bool(inside)))
+    next(run.student.parameters()).register_hook(lambda gradient: entered.append(bool(inside)))
+    TrainingStep(run, run.student, CONFIG, attention=kernel)(batch())
+    assert entered == [True, True, True] and inside == []
 
 
 def test_what_compiling_is_not_to_blame_for_is_raised(monkeypatch):

@@ -61,8 +61,11 @@ def test_streams_differ_by_purpose_numbers_and_count():
 def test_precision_is_float32_away_from_cuda():
     assert autocast_dtype("auto", torch.device("cpu")) is None
     assert autocast_dtype("fp32", torch.device("cuda")) is None
-    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'cpu'"):
-        autocast_dtype("bf16", torch.device("cpu"))
+    assert autocast_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(ValueError, match="precision: 'fp16' needs a CUDA device, found 'cpu'. Use 'bf16', 'auto' or 'fp32'"):
+        autocast_dtype("fp16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="precision: 'bf16' needs a CUDA device, found 'mps'. Use 'auto' or 'fp32'"):
+        autocast_dtype("bf16", torch.device("mps"))
 
 
 def test_one_process_owns_the_whole_step():
@@ -264,8 +267,23 @@ def test_a_training_that_is_all_warm_up_is_warned_about():
     class Student(torch.nn.Module):
         pass
 
-    config = CVAConfig(epochs=2, warmup_epochs=10)
+    config = CVAConfig(epochs=2, warmup_epochs=10, optimizer="adamw")
     lines = messages.opening(config, 2, VIEW, Student(), True, None)
     assert "WARNING: warmup_epochs 10, epochs 2" in lines[-1] and "at most 20% of learning_rate" in lines[-1]
-    lines = messages.opening(CVAConfig(epochs=3, warmup_epochs=2), 2, VIEW, Student(), True, None)
+    lines = messages.opening(CVAConfig(epochs=3, warmup_epochs=2, optimizer="adamw"), 2, VIEW, Student(), True, None)
     assert not any("WARNING" in line for line in lines)
+
+
+def test_a_short_run_of_sgd_is_warned_of_with_numbers():
+    from types import SimpleNamespace
+
+    student = SimpleNamespace(parameters=lambda: [])
+
+    def warnings(**settings):
+        lines = messages.opening(CVAConfig(**settings), 2, (16, 24, 16), student, True, None)
+        return [line for line in lines if line.startswith("WARNING")]
+
+    (warning,) = warnings(optimizer="sgd", epochs=20, iterations_per_epoch=50)
+    assert "1000 iterations of SGD at learning_rate 0.01" in warning and "0 of 6 splits" in warning and "62500" in warning
+    assert not warnings(optimizer="sgd", epochs=250)
+    assert not warnings(optimizer="adamw", epochs=20, iterations_per_epoch=50)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from nnunetv2_cva import __version__
 from nnunetv2_cva.commands.options import in_options, options_of
 
-COMMANDS = ("plan", "preprocess", "peek", "export", "check", "info", "demo", "hook", "env", "trainers", "settings") + (
-    "doctor",
-    "bench",
+COMMANDS = (
+    *("plan", "preprocess", "peek"),
+    *("embed", "look", "probe", "report"),
+    *("export", "check", "info", "compare"),
+    *("demo", "hook", "env", "trainers", "settings", "doctor", "bench"),
 )
 WITHIN = {"env": "hook"}  # commands whose parts are a class of this name in the module of another
 

@@ -17,8 +17,10 @@ from nnunetv2_cva.datasets.formats import Unusable, not_finite, one_line
 from nnunetv2_cva.datasets.inventory import Inventory, remembered, sorted_out
 from nnunetv2_cva.datasets.nnunet_plans import volume_configuration
 from nnunetv2_cva.datasets.parallel import Progress, for_each
+from nnunetv2_cva.datasets.reading import MIN_AXIS
 from nnunetv2_cva.datasets.sources import Candidate
 from nnunetv2_cva.files import read_object
+from nnunetv2_cva.sizes import by
 
 NNSSL_PLANS = "nnsslPlans"
 PREFERRED = "onemmiso"
@@ -146,6 +148,8 @@ def _opened(candidate: Candidate) -> blosc2.NDArray:
         raise Unusable("empty file" if os.path.getsize(file) == 0 else f"unreadable: {one_line(e)}") from None
     if len(shape) != 4 or 0 in shape:
         raise Unusable(f"shape {shape}, expected (channels, i, j, k)")
+    if min(shape[1:]) < MIN_AXIS:
+        raise Unusable(f"{by(shape[1:])} voxels, at least {MIN_AXIS} each expected")
     return array
 
 

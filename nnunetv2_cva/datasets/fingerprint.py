@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_cva.datasets.findings import QUANTILES, Finding
-from nnunetv2_cva.datasets.reading import ending_of
+from nnunetv2_cva.datasets.reading import ending_for
 from nnunetv2_cva.views.index import Entry
 
 IMAGES_ONLY = (
@@ -18,6 +18,7 @@ IMAGES_ONLY = (
     "here: fine-tune in the dataset that has the labels."
 )
 GRID = 4001
+LISTED = 5  # odd cases that are named
 CT_AIR = -900  # Hounsfield units; nothing else than CT is regularly this low
 
 
@@ -62,12 +63,29 @@ def normalisation_warnings(schemes: Sequence[str], found: Sequence[Finding], ask
                 f"NOTE: {ct} of {len(found)} cases look like CT{of} (air at -1000) and will be normalised by {scheme}, as MR is. "
                 "For CT's normalisation make them a dataset of their own with `modality=CT`."
             )
+        if scheme == "CTNormalization":
+            lines += [f"WARNING: {odd}" for odd in odd_cases(found, channel)[:LISTED]]
     return lines
+
+
+def odd_cases(found: Sequence[Finding], channel: int) -> list[str]:
+    """Cases whose intensities are others than those of the rest, which are normalised with them; with the numbers."""
+    if len(found) < 4:
+        return []
+    typical = np.array([np.interp((0.05, 0.5, 0.95), QUANTILES, f.intensities[channel]["quantiles"]) for f in found])
+    widths, usual = typical[:, 2] - typical[:, 0], np.median(typical, axis=0)
+    width = max(float(np.median(widths)), 1e-6)
+    return [
+        f"{f.key}: half of its body lies above {row[1]:.4g} and 90 % within {row[0]:.4g} to {row[2]:.4g}; of most cases "
+        f"{usual[1]:.4g}, {usual[0]:.4g} to {usual[2]:.4g}. Is it in the same unit?"
+        for f, row, w in zip(found, typical, widths)
+        if abs(row[1] - usual[1]) > 2 * width or not 0.2 <= w / width <= 5
+    ]
 
 
 def dataset_json(name: str, channels: Sequence[str], cases: Sequence[Finding] | Sequence[Entry]) -> dict[str, Any]:
     """nnU-Net's ``dataset.json`` of a dataset without labels."""
-    endings = Counter(ending_of(c.files[0]) for c in cases if isinstance(c, Finding))
+    endings = Counter(ending_for(c.files[0]) for c in cases if isinstance(c, Finding))
     return {
         "name": name,
         "description": IMAGES_ONLY,
@@ -108,15 +126,19 @@ def normalised_intensities(channels: int) -> dict[str, Any]:
 
 
 def pooled(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Statistics of all cases together, each with equal weight, as nnU-Net samples them."""
+    """Statistics of all cases together, each with equal weight, as nnU-Net samples them.
+
+    Mean and standard deviation are those of intensities clipped to the percentiles that CT is clipped to: no single voxel
+    moves them.
+    """
     quantiles = np.array([c["quantiles"] for c in cases])
-    means, stds = np.array([c["mean"] for c in cases]), np.array([c["std"] for c in cases])
-    mean = float(means.mean())
     low, median, high = pooled_quantiles(quantiles, (0.005, 0.5, 0.995))
+    levels = (np.arange(GRID) + 0.5) / GRID
+    clipped = np.clip([np.interp(levels, QUANTILES, case) for case in quantiles], low, high)
     return {
-        "mean": mean,
+        "mean": float(clipped.mean()),
         "median": median,
-        "std": float(np.sqrt(max(0.0, (stds**2 + means**2).mean() - mean**2))),
+        "std": float(clipped.std()),
         "min": float(quantiles[:, 0].min()),
         "max": float(quantiles[:, -1].max()),
         "percentile_99_5": high,
@@ -134,13 +156,15 @@ def pooled_quantiles(quantiles: np.ndarray, levels: Sequence[float]) -> list[flo
 
 
 def splits(found: Sequence[tuple[str, str]], folds: int = 5) -> list[dict[str, list[str]]]:
-    """nnU-Net's cross-validation over subjects: all cases of a subject are on one side. ``found``: (case, subject)."""
+    """nnU-Net's cross-validation over subjects: all cases of a subject are on one side. ``found``: (case, subject).
+
+    No folds of a single subject: what is trained on would be validated on.
+    """
     cases: dict[str, list[str]] = {}
     for key, subject in found:
         cases.setdefault(subject, []).append(key)
     if len(cases) < 2:
-        everything = sorted(key for key, _ in found)
-        return [{"train": everything, "val": everything}]
+        return []
     by_subject = generate_crossval_split(sorted(cases), seed=12345, n_splits=min(folds, len(cases)))
     return [
         {side: sorted(key for subject in fold[side] for key in cases[str(subject)]) for side in ("train", "val")}

@@ -12,10 +12,10 @@ import bz2
 import contextlib
 import gzip
 import io
-import json
 import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +24,12 @@ from typing import IO, Any
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_cva.files import read_object
+
 GIPL_HEADER = 256  # bytes
 BLOCK = 1 << 22
+GZIP = b"\x1f\x8b"
+MILLIMETRES = {"micron": 1e-3, "meter": 1e3}  # in one of the unit
 PACKINGS = {"raw": "", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}  # of NRRD
 
 
@@ -76,37 +80,59 @@ def _refuse_complex(found: bool) -> None:
 
 
 def _nifti(file: str, ending: str) -> Header:
+    """SimpleITK and we take spacings in the unit that the header states. A ``.nii.gz`` need not be compressed."""
     import nibabel
-    from nibabel.openers import ImageOpener
 
-    image: Any = nibabel.load(file)
-    stored = image.header.get_data_dtype()
+    packing = "gzip" if ending == ".nii.gz" and _begins(file, GZIP) else ""
+    with gzip.open(file) if packing else open(file, "rb") as f:
+        start = f.read(540)  # bytes of the longer one of the two headers
+    size = struct.unpack("<i", start[:4])[0]
+    kind = nibabel.Nifti2Header if size in (540, struct.unpack(">i", struct.pack("<i", 540))[0]) else nibabel.Nifti1Header
+    header: Any = kind(start[: kind.sizeof_hdr], check=False)
+    if not bytes(header["magic"]).startswith((b"n+1", b"n+2")):
+        raise ValueError("it is no NIfTI with header and voxels in one file")
+    stored = header.get_data_dtype()
     _refuse_complex(stored.kind == "c")
-    with ImageOpener(file) as f:  # nibabel and SimpleITK make 1 mm of a spacing of 0
-        spacing = tuple(map(float, type(image.header).from_fileobj(f, check=False)["pixdim"][1:4]))
-    shape = tuple(int(n) for n in image.shape)
-    size, offset = math.prod(shape) * stored.itemsize, int(image.dataobj.offset)
-    packing = "gzip" if ending == ".nii.gz" else ""
+    scale = MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)
+    # Of a spacing of 0 nibabel and SimpleITK make 1 mm: as it stands in the header it is found.
+    spacing = tuple(float(s) * scale for s in header["pixdim"][1:4])
+    shape = tuple(int(n) for n in header.get_data_shape())
+    size, offset = math.prod(shape) * stored.itemsize, int(header.get_data_offset())
     return Header(shape, spacing, size, 0, packing, offset, stored if stored.kind == "f" else None)
 
 
+def _begins(file: str, with_: bytes) -> bool:
+    with open(file, "rb") as f:
+        return f.read(len(with_)) == with_
+
+
 def _tiff(file: str, ending: str) -> Header:
-    """Its library reads it to the end. The spacing stands in a file of its own, as nnU-Net's reader has it."""
+    """Its library reads it to the end. The spacing stands in a file of its own."""
     import tifffile
 
     with tifffile.TiffFile(file) as tif:
         shape = tuple(int(n) for n in tif.series[0].shape)
         _refuse_complex(tif.series[0].dtype.kind == "c")
-    beside = f"{file[: -len(ending) - len('_0000')]}.json"
-    if not os.path.isfile(beside):
-        return Header(shape, (1.0, 1.0, 1.0))
+    return Header(shape, spacing_beside(file) or (1.0, 1.0, 1.0))
+
+
+def spacing_beside(file: str) -> tuple[float, float, float] | None:
+    """What the JSON file beside a TIFF says, in mm; None without one. nnU-Net's reader takes the last five characters of every
+    name for a channel number; here they are one only where they are ``_0000`` or the like.
+
+    Raises:
+        Unusable: the JSON file says something else.
+    """
+    stem = os.path.splitext(file)[0]
+    beside = next((f for f in (f"{re.sub(r'_[0-9]{4}$', '', stem)}.json", f"{stem}.json") if os.path.isfile(f)), None)
+    if beside is None:
+        return None
     try:
-        with open(beside, encoding="utf-8") as f:
-            i, j, k = map(float, json.load(f)["spacing"])
-    except Exception:  # noqa: BLE001  no JSON, no "spacing", not three numbers
+        i, j, k = map(float, read_object(beside)["spacing"])
+    except (ValueError, KeyError, TypeError):  # no JSON, no "spacing", not three numbers
         name = os.path.basename(beside)
         raise Unusable(f'the spacing beside it cannot be read: expected {{"spacing": [i, j, k]}} in {name}') from None
-    return Header(shape, (i, j, k))
+    return i, j, k
 
 
 def _metaimage_voxels(file: str) -> tuple[int, str] | None:
@@ -174,16 +200,16 @@ def _unpacked(file: str, header: Header) -> Iterator[IO[bytes]]:
     """The unpacked stream; reading to its end verifies the checksum. Reading raises EOFError where it ends early."""
     with open(file, "rb") as f:
         f.seek(header.begin)
-        stream: Any = io.BufferedReader(_Zlib(f)) if header.packing == "zlib" else f
-        if header.packing == "gzip":
-            stream = gzip.GzipFile(fileobj=f)
+        stream: Any = f
+        if header.packing in ("zlib", "gzip"):
+            stream = io.BufferedReader(_Zlib(f))
         elif header.packing == "bzip2":
             stream = bz2.BZ2File(f)
         yield stream
 
 
 class _Zlib(io.RawIOBase):
-    """A zlib or gzip stream in a file, which is not closed with it."""
+    """A zlib stream or gzip members in a file, which is not closed with it. As its readers, it ignores what follows them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -194,7 +220,7 @@ class _Zlib(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._rest and not self._inflater.eof:
+        while not self._rest and not self._ended():
             packed = self._inflater.unconsumed_tail or self._file.read(1 << 16)
             if not packed:
                 raise EOFError
@@ -202,6 +228,16 @@ class _Zlib(io.RawIOBase):
         taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)
+
+    def _ended(self) -> bool:
+        if not self._inflater.eof:
+            return False
+        behind = self._inflater.unused_data or self._file.read(1 << 16)
+        if not behind.startswith(GZIP):
+            return True
+        self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self._rest = self._inflater.decompress(behind, BLOCK)
+        return False
 
 
 def not_finite(voxels: int) -> str:

@@ -74,6 +74,7 @@ class Gathering:
         inventory = self._without_held_out(sources, inventory, compare)
         found = inventory.accepted
         self.say(f"{self.folder.name}: {len(found)} cases to pretrain on, {self._rejected(inventory)}.")
+        self._describe(inventory, sources)
         for index in without_left_out(self.folder, {f.key for f in found}):
             self.say(f"Cases that are no longer used were taken out of {index}. To preprocess new ones, run preprocess again.")
         channels = channel_names(sources.modality, {f.modality for f in found}, inventory.channels)
@@ -127,9 +128,37 @@ class Gathering:
         save_lists(self.folder, sources, inventory, cases=not sources.adopt)
         return inventory
 
+    def _describe(self, inventory: Inventory, sources: Sources) -> None:
+        """How names were read, what was not read, and what is odd."""
+        found, example = inventory.accepted, inventory.accepted[0]
+        subjects, datasets = len({f.subject for f in found}), len({f.dataset for f in found})
+        numbers = (len(found), "cases"), (subjects, "subjects"), (datasets, "datasets"), (inventory.channels, "channels")
+        counted = ", ".join(f"{n} {what if n != 1 else what[:-1]}" for n, what in numbers)
+        name = os.path.basename(example.files[0])
+        self.say(f"Found {counted}. For example {name} is case {example.key} of subject {example.subject}.")
+        if inventory.unread:
+            self.say(f"Not read: {', '.join(f'{n} {kind}' for kind, n in sorted(inventory.unread.items()))}.")
+        for remark in (*inventory.remarks, *remarks(found)):
+            self.say(remark)
+        if len(found) == 1:
+            self.say("WARNING: a single case is too few to learn from: a step sees different cases, and there is one.")
+
     def _rejected(self, inventory: Inventory) -> str:
         reasons = f" ({self.folder / REJECTED} has the reasons)" if inventory.rejected else ""
         return f"{len(inventory.rejected)} rejected{reasons}"
+
+
+def remarks(found: Sequence[Finding]) -> list[str]:
+    """What is odd about cases that are used all the same: every remark once, with the first files that it is about."""
+    of: dict[str, list[str]] = {}
+    for f in found:
+        if f.remark:
+            of.setdefault(f.remark, []).append(f.files[0])
+    return [
+        f"WARNING: {len(files)} of {len(found)} cases, {remark}: {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}. "
+        "Leave out by name (`exclude`) what is no image to pretrain on."
+        for remark, files in of.items()
+    ]
 
 
 def sources_for(folder: Path, images: Sequence[str], table: str | None, adopt: Sequence[str], options: dict[str, Any]) -> Sources:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnunetv2_cva.datasets.findings import Finding, inspect_case, killed, stamp_of
@@ -23,14 +23,17 @@ from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.sizes import by
 
 SOURCES, INSPECTION, CASES, REJECTED = "cva_sources.json", "cva_inspection.jsonl", "cases.csv", "rejected.csv"
+COLUMNS = ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path")
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """``accepted`` and ``rejected`` cases, ordered by name."""
+    """``accepted`` and ``rejected`` cases, ordered by name; ``unread``: other files by kind; ``remarks``: on the sources."""
 
     accepted: tuple[Finding, ...]
     rejected: tuple[Finding, ...]
+    unread: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -40,7 +43,7 @@ class Inventory:
         """These cases rejected, too."""
         out = tuple(replace(f, reason=reason) for f in self.accepted if f.identity in identities)
         kept = tuple(f for f in self.accepted if f.identity not in identities)
-        return Inventory(kept, tuple(sorted(self.rejected + out, key=lambda f: f.key)))
+        return replace(self, accepted=kept, rejected=tuple(sorted(self.rejected + out, key=lambda f: f.key)))
 
 
 def take_inventory(folder: Path, sources: Sources, own: str, processes: int, progress: Progress) -> Inventory:
@@ -51,9 +54,10 @@ def take_inventory(folder: Path, sources: Sources, own: str, processes: int, pro
     """
     known = {files: f.key for files, f in read_findings(folder).items() if f.key}
     found = candidates(sources, own, known)
-    looked = remembered(inspect_case, found, folder, processes, progress, "Looking at images")
-    used = {row["case"] for row in read_table(folder / CASES)}
-    return sorted_out([looked[c.files].of(c) for c in found], sources.channels == "stack", used)
+    looked = remembered(inspect_case, found.cases, folder, processes, progress, "Looking at images")
+    used = {row["case"] for _, row in read_table(folder / CASES, ("case",))}
+    inventory = sorted_out([looked[c.files].of(c) for c in found.cases], sources.channels == "stack", used)
+    return replace(inventory, unread=found.unread, remarks=found.remarks)
 
 
 def save_lists(folder: Path, sources: Sources, inventory: Inventory, cases: bool = True) -> None:
@@ -123,7 +127,7 @@ def read_accepted(folder: Path) -> list[Finding]:
         raise ValueError(f"{path} not found: plan {folder.name} first (nnUNetv2_cva plan).")
     findings = {";".join(files): finding for files, finding in read_findings(folder).items()}
     accepted = []
-    for row in read_table(path):
+    for _, row in read_table(path, COLUMNS):
         finding = findings.get(row["path"])
         if finding is None:
             raise ValueError(f"{path}: {row['path']} was never looked at. Plan {folder.name} again (nnUNetv2_cva plan).")
@@ -132,9 +136,17 @@ def read_accepted(folder: Path) -> list[Finding]:
     return sorted(accepted, key=lambda f: f.key)
 
 
+def reject(folder: Path, reasons: Mapping[str, str]) -> None:
+    """Move these cases, by name, from ``cases.csv`` to ``rejected.csv``."""
+    accepted = read_accepted(folder)
+    _write_cases(folder, [f for f in accepted if f.key not in reasons])
+    out = [(f.key, reasons[f.key], ";".join(f.files)) for f in accepted if f.key in reasons]
+    write_rejected(folder, [*read_rejected(folder), *out])
+
+
 def read_rejected(folder: Path) -> list[tuple[str, str, str]]:
     """(case, reason, path) of every line of ``rejected.csv``."""
-    return [(row["case"], row["reason"], row["path"]) for row in read_table(folder / REJECTED)]
+    return [(row["case"], row["reason"], row["path"]) for _, row in read_table(folder / REJECTED, ("case", "reason", "path"))]
 
 
 def write_rejected(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
@@ -179,4 +191,4 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _write_cases(folder: Path, accepted: Sequence[Finding]) -> None:
     rows = ((f.key, f.dataset, f.subject, f.modality, by(f.shape), by(f.spacing), f.content, ";".join(f.files)) for f in accepted)
-    write_table(folder / CASES, ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path"), rows)
+    write_table(folder / CASES, COLUMNS, rows)

@@ -107,7 +107,7 @@ def by_voxels(target: FineTuned, found: Sequence[Finding], folder: Path, process
     def parts(case: str) -> list[tuple[str, ...]]:
         return [files[case]] if together else [(f,) for f in files[case]]
 
-    folds = _folds(target, list(files))
+    folds = _validated(target, list(files))
     there = {case for fold in folds for case in fold if case in files and all(map(os.path.isfile, files[case]))}
     groups = {part for case in there for part in parts(case)}
     candidates = [Candidate("", g, target.name, "") for g in sorted(groups)]
@@ -128,7 +128,7 @@ def by_name(target: FineTuned, inventory: Inventory) -> list[HeldOut]:
     if not same:
         raise Unknown("preprocessed cases are recognised by their names, and these are of other datasets.")
     rejected = {os.path.basename(f.key) for f in inventory.rejected if f.dataset == target.name}
-    return [_held_out(target, n, fold, same, []) for n, fold in enumerate(_folds(target, [*same, *rejected]))]
+    return [_held_out(target, n, fold, same, []) for n, fold in enumerate(_validated(target, [*same, *rejected]))]
 
 
 def _held_out(target: FineTuned, number: int, fold: Sequence[str], same: dict[str, set[str]], missing: Sequence[str]) -> HeldOut:
@@ -137,15 +137,23 @@ def _held_out(target: FineTuned, number: int, fold: Sequence[str], same: dict[st
     return HeldOut(target.name, number, len(fold), tuple(hit), identities, len(missing))
 
 
-def _folds(target: FineTuned, cases: Sequence[str]) -> list[list[str]]:
-    """The validation cases of every fold: of its splits, else those that nnU-Net would make of ``cases``."""
+def folds_of(target: FineTuned, cases: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """Training and validation cases of every fold: of the target's splits, else those that nnU-Net would make of ``cases``.
+
+    Raises:
+        Unknown: no splits, and too few cases to make some.
+    """
     splits = target.folder / "splits_final.json"
     if splits.is_file():
-        return [list(fold["val"]) for fold in read_json(splits)]
+        return [(list(fold["train"]), list(fold["val"])) for fold in read_json(splits)]
     if len(cases) < 5:
         raise Unknown("it has no splits_final.json, and fewer than five cases to make nnU-Net's folds of.")
     folds = generate_crossval_split([str(k) for k in np.sort(list(cases))], seed=12345, n_splits=5)
-    return [[str(case) for case in fold["val"]] for fold in folds]
+    return [([str(case) for case in fold["train"]], [str(case) for case in fold["val"]]) for fold in folds]
+
+
+def _validated(target: FineTuned, cases: Sequence[str]) -> list[list[str]]:
+    return [validation for _, validation in folds_of(target, cases)]
 
 
 def _raw_files(raw: Path, target: FineTuned) -> dict[str, tuple[str, ...]]:

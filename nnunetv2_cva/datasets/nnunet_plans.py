@@ -15,12 +15,13 @@ from typing import Any
 
 import nnunetv2
 import numpy as np
+import SimpleITK as sitk
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_cva.datasets.findings import Finding
-from nnunetv2_cva.datasets.reading import ending_of, readers
+from nnunetv2_cva.datasets.reading import ending_for, ending_of, read_images, readers
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.nnunet import configuration as configuration_of
@@ -57,6 +58,15 @@ def from_preset(name: str) -> dict[str, Any]:
     return {"preset": {}, **read_object(path)}
 
 
+def planner_class(name: str) -> Any:
+    """nnU-Net's planner of this name. Raises ValueError when there is none."""
+    place = os.path.join(nnunetv2.__path__[0], "experiment_planning")
+    found = recursive_find_python_class(place, name, current_module="nnunetv2.experiment_planning")
+    if found is None:
+        raise ValueError(f"`planner={name}`: nnU-Net has no such planner. Expected {DEFAULT_PLANNER}, ExperimentPlanner, ...")
+    return found
+
+
 def from_fingerprint(
     name: str, dataset: dict[str, Any], fingerprint: dict[str, Any], example: Finding, planner: str
 ) -> dict[str, Any]:
@@ -65,18 +75,19 @@ def from_fingerprint(
     Raises:
         ValueError: unknown planner, or images that are not volumes for it.
     """
-    place = os.path.join(nnunetv2.__path__[0], "experiment_planning")
-    planner_class = recursive_find_python_class(place, planner, current_module="nnunetv2.experiment_planning")
-    if planner_class is None:
-        raise ValueError(f"`planner={planner}`: nnU-Net has no such planner. Expected {DEFAULT_PLANNER}, ExperimentPlanner, ...")
+    kind = planner_class(planner)
     with tempfile.TemporaryDirectory() as folder, _nnunet_folders(Path(folder)) as (raw, preprocessed):
-        one_case = {example.key: {"images": list(example.files[:1]), "label": example.files[0]}}
+        image = example.files[0]
+        if ending_of(image) is None:  # DICOM, which nnU-Net does not read
+            image = os.path.join(folder, "example.nii.gz")
+            sitk.WriteImage(sitk.GetImageFromArray(read_images(example.files).images[0]), image)
+        one_case = {example.key: {"images": [image], "label": image}}
         (raw / name).mkdir(parents=True)
         (preprocessed / name).mkdir(parents=True)
-        write_json(raw / name / "dataset.json", {**dataset, "file_ending": ending_of(example.files[0]), "dataset": one_case})
+        write_json(raw / name / "dataset.json", {**dataset, "file_ending": ending_of(image), "dataset": one_case})
         write_json(preprocessed / name / "dataset_fingerprint.json", fingerprint)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            plans = planner_class(name).plan_experiment()
+            plans = kind(name).plan_experiment()
     recursive_fix_for_json_export(plans)
     plans = json.loads(json.dumps(plans))
     if "3d_fullres" not in plans["configurations"]:
@@ -88,8 +99,10 @@ def from_fingerprint(
 def _nnunet_folders(folder: Path) -> Iterator[tuple[Path, Path]]:
     """nnU-Net's raw and preprocessed folder, for the time of planning, in ``folder``."""
     paths = {"nnUNet_raw": folder / "raw", "nnUNet_preprocessed": folder / "preprocessed"}
-    before = {k: os.environ.get(k) for k in paths}
-    os.environ.update({k: str(v) for k, v in paths.items()})
+    # Planners give torch nnUNet_n_proc_DA threads; 0, for loading in the training's own process, is none.
+    meanwhile = {**{k: str(v) for k, v in paths.items()}, "nnUNet_n_proc_DA": "1"}
+    before = {k: os.environ.get(k) for k in meanwhile}
+    os.environ.update(meanwhile)
     try:
         yield paths["nnUNet_raw"], paths["nnUNet_preprocessed"]
     finally:
@@ -151,7 +164,7 @@ def for_images(
     order = plans["transpose_forward"]
     plans.update(dataset_name=name, plans_name=plans_name)
     if found:
-        plans["image_reader_writer"] = readers(ending_of(found[0].files[0]) or "")[0].__name__
+        plans["image_reader_writer"] = readers(ending_for(found[0].files[0]))[0].__name__
         plans["original_median_spacing_after_transp"] = np.median([f.spacing for f in found], 0)[order].tolist()
         plans["original_median_shape_after_transp"] = np.median([f.cropped for f in found], 0)[order].round().astype(int).tolist()
     if intensities is not None:

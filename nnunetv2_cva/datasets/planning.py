@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nnunetv2_cva.datasets import fingerprint as described
 from nnunetv2_cva.datasets import nnunet_plans
-from nnunetv2_cva.datasets.destination import shape_after
-from nnunetv2_cva.datasets.findings import Finding
+from nnunetv2_cva.datasets.destination import shape_after, without_left_out
+from nnunetv2_cva.datasets.findings import Finding, dwarfed
 from nnunetv2_cva.datasets.gathering import Gathering, Images, sources_for
-from nnunetv2_cva.datasets.inventory import CASES, Inventory, read_accepted
+from nnunetv2_cva.datasets.inventory import CASES, REJECTED, Inventory, read_accepted, reject
 from nnunetv2_cva.datasets.leakage import by_name, comparing_voxels, left_out
-from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, next_steps
+from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, fine_tuning_steps, pretraining_steps
 from nnunetv2_cva.datasets.parallel import Progress
+from nnunetv2_cva.datasets.reading import MIN_AXIS
 from nnunetv2_cva.datasets.targets import FineTuned, check_fixed_plans, fixed_plans, load_target, write_fixed_plans
-from nnunetv2_cva.datasets.user_changes import Recipe, recipe_of, replaced, save_plans, save_splits
+from nnunetv2_cva.datasets.user_changes import Recipe, replaced, save_plans, save_splits, save_targets
 from nnunetv2_cva.datasets.view_size import add_configuration
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.nnunet import PREPROCESSED, PRETRAINING, RAW, dataset_id, datasets, find_dataset, is_dataset_name
 from nnunetv2_cva.nnunet import folder as nnunet_folder
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.views.index import read_index, write_index
+
+BY_ALL_VOXELS = ("ZScoreNormalization", "RescaleTo01Normalization")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ def plan(request: Request, progress: Progress) -> Planned:
     _check_combination(request)
     folder = nnunet_folder(PREPROCESSED) / dataset_for(request.dataset)
     _check_own(folder)
+    if request.preset is not None:
+        nnunet_plans.from_preset(request.preset)  # before images are looked at for hours
+    if request.planner is not None:
+        nnunet_plans.planner_class(request.planner)
     targets = tuple(load_target(t, request.target_plans) for t in request.target)
     return _Planning(request, folder, targets, progress, []).run()
 
@@ -92,9 +99,13 @@ def dataset_for(given: str) -> str:
     """
     if is_dataset_name(given):
         number = dataset_id(given)
-        known = [name for name in datasets() if dataset_id(name) == number]
-        if known and given not in known:  # nnU-Net would find neither of them by its id any more
-            raise ValueError(f"`dataset={given}`: the id {number} is that of {', '.join(known)}. Choose another one.")
+        there = datasets()
+        # nnU-Net looks for folders that begin with Dataset123, which Dataset1234_Big also does: it would find neither any more.
+        clash = [n for n in there if n.startswith(f"Dataset{number:03d}") or given.startswith(f"Dataset{dataset_id(n):03d}")]
+        if clash and given not in there:
+            raise ValueError(
+                f"`dataset={given}`: nnU-Net would confuse the id {number} with that of {', '.join(clash)}. Choose another one."
+            )
         return given
     try:
         return find_dataset(given)
@@ -173,26 +184,27 @@ class _Planning:
         preset, recipe = self._preset(images)
         base, intensities, to_write = self._base(images, preset)
         plans = self._plans_for(base, images, intensities)
+        images = self._without_spoilt(images, plans)
         ours = preset["configurations"].get(r.configuration + PRETRAINING, {}) if preset else {}
         add_configuration(plans, r.configuration, self._shapes(plans, images), ours, recipe, r.view, r.batch_size, self.say)
         fixed = self._checked_for(to_write, plans)
         self._save(plans, images, recipe)
-        return self._finished(plans, recipe, bool(images.entries), fixed)
+        return self._finished(plans, fixed)
 
     def _keep(self) -> Planned:
         """The plans that are there, for other targets."""
         plans = read_plans(self.folder, self.request.plans)
         fixed = self._checked_for(self.targets, plans)
         self._warn_of_kept(plans)
-        return self._finished(plans, recipe_of(self.folder, self.request.plans), not (self.folder / CASES).is_file(), fixed)
+        return self._finished(plans, fixed)
 
-    def _finished(
-        self, plans: dict[str, Any], recipe: Recipe, adopted: bool, fixed: list[tuple[FineTuned, dict[str, Any]]]
-    ) -> Planned:
+    def _finished(self, plans: dict[str, Any], fixed: list[tuple[FineTuned, dict[str, Any]]]) -> Planned:
         self._write_into(fixed)
-        written, r = [target for target, _ in fixed], self.request
-        steps = next_steps(plans, r.configuration, recipe, adopted, self.targets, written, r.target_plans)
-        return Planned(plans, tuple(self.said), tuple(steps))
+        r, written = self.request, {target.name for target, _ in fixed}
+        theirs = {t.name: r.plans if t.name in written else r.target_plans for t in self.targets}
+        save_targets(self.folder, r.plans, theirs, keep=r.keep_plans)
+        where = (self.folder, r.plans, r.configuration + PRETRAINING)
+        return Planned(plans, tuple(self.said), (*pretraining_steps(*where), *fine_tuning_steps(*where)))
 
     # ---- which plans
 
@@ -245,6 +257,29 @@ class _Planning:
         if images.spacing is not None and any(abs(a / b - 1) > 0.1 for a, b in zip(images.spacing, spacing)):
             self.say(f"WARNING: the cases were preprocessed to {by(images.spacing)} mm, these plans are for {by(spacing)} mm.")
         return plans
+
+    def _without_spoilt(self, images: Images, plans: dict[str, Any]) -> Images:
+        """Without cases of which preprocessing by these plans would leave next to nothing: a training would stop at them."""
+        configuration = plans["configurations"][self.request.configuration]
+        spacing, schemes = configuration["spacing"], configuration["normalization_schemes"]
+        reasons: dict[str, str] = {}
+        for f in images.found:
+            shape = shape_after(f, plans, spacing)
+            if min(shape) < MIN_AXIS:
+                reasons[f.key] = f"{by(shape)} voxels after resampling to {by(spacing)} mm, at least {MIN_AXIS} each expected"
+            for scheme, intensities in zip(schemes, f.intensities):
+                if scheme in BY_ALL_VOXELS and (reason := dwarfed(intensities)):
+                    reasons[f.key] = reason
+        if not reasons:
+            return images
+        key, reason = next(iter(reasons.items()))
+        if len(reasons) == len(images.found):
+            raise ValueError(f"These plans leave no case to pretrain on, for example {key}: {reason}. Choose others.")
+        reject(self.folder, reasons)
+        self.say(f"WARNING: {len(reasons)} cases are rejected, too ({self.folder / REJECTED}), for example {key}: {reason}.")
+        kept = tuple(f for f in images.found if f.key not in reasons)
+        without_left_out(self.folder, {f.key for f in kept})
+        return replace(images, found=kept)
 
     def _shapes(self, plans: dict[str, Any], images: Images) -> list[tuple[int, ...]]:
         """Of the preprocessed cases."""

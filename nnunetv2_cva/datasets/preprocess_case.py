@@ -23,8 +23,9 @@ from nnunetv2_cva.datasets.destination import FAILED, NOTE, Destination, Storage
 from nnunetv2_cva.datasets.findings import Finding, content_hash
 from nnunetv2_cva.datasets.formats import Unusable, one_line
 from nnunetv2_cva.datasets.parallel import Progress, for_each
-from nnunetv2_cva.datasets.reading import read_images
+from nnunetv2_cva.datasets.reading import MIN_AXIS, read_images
 from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.sizes import by
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def preprocess_case(job: Job) -> None:
 
 
 def _preprocessed(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
-    images, properties = read_images(job.case.files)
+    read = read_images(job.case.files)
+    images, properties = read.images, read.properties
     if content_hash(images) != job.case.content:
         raise Unusable("its images have changed since plan looked at them: run plan again")
     manager = _without_mask_resampling(job.to)
@@ -112,6 +114,10 @@ def _stored(data: np.ndarray, storage: Storage) -> np.ndarray:
     data = np.ascontiguousarray(data, dtype=storage)
     if not np.isfinite(data).all():
         raise Unusable("NaN or Inf after normalisation and resampling")
+    if min(data.shape[1:]) < MIN_AXIS:
+        raise Unusable(f"{by(data.shape[1:])} voxels after resampling, at least {MIN_AXIS} each expected")
+    if any(channel.min() == channel.max() for channel in data):
+        raise Unusable("all voxels of a channel are the same after normalisation and resampling")
     return data
 
 

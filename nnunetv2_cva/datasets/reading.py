@@ -7,18 +7,22 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
-from nnunetv2_cva.datasets.formats import Unusable, check_voxels, one_line, read_header
+from nnunetv2_cva.datasets.dicom import is_dicom, read_series
+from nnunetv2_cva.datasets.formats import Unusable, check_voxels, one_line, read_header, spacing_beside
 
 MAX_VOXELS = 2 * 10**9
 MAX_AXIS = 8192
 MIN_AXIS = 5  # fewer slices are a scout or a 2D image
 SPACING_MM = (0.001, 50.0)
+REMARK = 300  # characters of what a reader prints
 
 
 def readers(ending: str) -> list[type[BaseReaderWriter]]:
@@ -37,19 +41,37 @@ def ending_of(path: str) -> str | None:
     return next((e for e in ENDINGS if path.lower().endswith(e)), None)
 
 
-def read_images(files: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """``(C, I, J, K)`` float32, one channel per file, and nnU-Net's properties (``spacing`` in array order).
+def ending_for(path: str) -> str:
+    """The ending of the format in which nnU-Net would get this image: of DICOM, which it does not read, a NIfTI's."""
+    return ending_of(path) or ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Read:
+    """``images`` (C, I, J, K) float32, one channel per file; nnU-Net's ``properties`` (``spacing`` in array order); ``remark``:
+    what is odd, in one line, else empty."""
+
+    images: np.ndarray
+    properties: dict[str, Any]
+    remark: str = ""
+
+
+def read_images(files: Sequence[str]) -> Read:
+    """A case.
 
     Raises:
-        Unusable: empty, truncated, damaged, no volume, absurd in size or spacing, unreadable, or channels that differ in shape.
+        Unusable: empty, truncated, damaged, no volume, absurd in size or spacing, unreadable, or channels that differ in shape
+            or position.
     """
+    if is_dicom(files[0]):
+        return Read(*read_series(files[0]))
     for file in files:
         _check_file(file)
-    problem = ""
+    ending, problem, printed = ending_of(files[0]) or "", "", io.StringIO()
     # SimpleITK refuses skewed NIfTI directions, nibabel reads them: nnU-Net's own fallback.
-    for reader in readers(ending_of(files[0]) or ""):
+    for reader in readers(ending):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # readers print what they also raise
+            with contextlib.redirect_stdout(printed):  # readers print what they also raise
                 images, properties = reader().read_images(tuple(files))
         except MemoryError:
             raise
@@ -59,8 +81,54 @@ def read_images(files: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
             continue
         if len(images) != len(files):
             raise Unusable(f"4D: {len(images)} volumes in {len(files)} file(s)")
-        return images, properties
+        if len(files) > 1:
+            check_aligned(files, images.shape[1:])
+        return Read(images, *_as_it_should_be(files[0], ending, properties, printed.getvalue()))
     raise Unusable(problem)
+
+
+def _as_it_should_be(file: str, ending: str, properties: dict[str, Any], printed: str) -> tuple[dict[str, Any], str]:
+    """The reader's properties, with a TIFF's spacing, and what it has printed."""
+    if ending in (".tif", ".tiff"):
+        spacing = spacing_beside(file)
+        if spacing is None:
+            return properties, "no JSON file with its spacing beside it: taken for 1x1x1 mm"
+        return {**properties, "spacing": list(spacing)}, ""
+    return properties, " ".join(printed.split())[:REMARK]
+
+
+def check_aligned(files: Sequence[str], shape: Sequence[int]) -> None:
+    """Raise Unusable unless the corners of all channels lie where those of the first one lie, to a tenth of a voxel."""
+    placed = [_affine(file) for file in files]
+    if any(p is None for p in placed):  # TIFF has no position
+        return
+    corners = np.array([(i, j, k, 1) for i in (0, shape[2]) for j in (0, shape[1]) for k in (0, shape[0])], dtype=float)
+    first = placed[0]
+    voxel = np.linalg.norm(first[:3, :3], axis=0).min()
+    for file, other in zip(files[1:], placed[1:]):
+        apart = np.linalg.norm((corners @ first.T - corners @ other.T)[:, :3], axis=1).max()
+        if apart > 0.1 * voxel:
+            name = os.path.basename(file)
+            what = "direction" if not np.allclose(first[:3, :3], other[:3, :3], atol=1e-3) else "origin"
+            raise Unusable(f"channels differ in position: {name} lies up to {apart:.3g} mm from the first one ({what})")
+
+
+def _affine(file: str) -> Any:
+    """(4, 4), from voxel indices in the order of the file to mm; None for formats without a position."""
+    if (ending_of(file) or "") in (".tif", ".tiff"):
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # skewed directions, read by nibabel
+        import nibabel
+
+        return np.asarray(nibabel.load(file).affine)  # type: ignore[attr-defined]
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3] * np.array(reader.GetSpacing()[:3])
+    matrix[:3, 3] = reader.GetOrigin()[:3]
+    return matrix
 
 
 def _check_file(file: str) -> None:
@@ -71,7 +139,7 @@ def _check_file(file: str) -> None:
         raise Unusable("its name is not UTF-8: rename it") from None
     ending = ending_of(file)
     if ending is None:
-        raise Unusable(f"not a format that nnU-Net reads as a volume ({', '.join(ENDINGS)})")
+        raise Unusable(f"not a format that nnU-Net reads as a volume ({', '.join(ENDINGS)}), and no DICOM")
     try:
         size = os.path.getsize(file)
     except OSError as e:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunetv2_cva.files import written_whole
+
+DELIMITERS = ",;\t"
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -17,9 +21,42 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         writer.writerows(rows)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows, by column; none where there is no such file."""
+def read_table(path: Path, columns: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
+    """(line, {column: value}) of every row; none where there is no such file. Cells that a row lacks are empty.
+
+    Programs save tables with commas, semicolons or tabs, as UTF-8 (with a byte order mark or not), UTF-16 or cp1252.
+
+    Raises:
+        ValueError: a column is missing, or it is no table.
+    """
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-        return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(f)]
+    text = _decoded(path.read_bytes())
+    first, _, rest = text.partition("\n")
+    delimiter = None
+    if first.strip().lower().startswith("sep="):  # a line that only Excel writes and reads
+        delimiter, text = first.strip()[4:5], rest
+        first = rest.partition("\n")[0]
+    delimiter = delimiter or max(DELIMITERS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        found = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {reader.line_num}: expected a table ({e}). Save it as csv.") from None
+    missing = [name for name in columns if name not in header]
+    if missing:
+        found_columns = ", ".join(header) or "none"
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {found_columns}. Correct its first line.")
+    return [(line, {name: row[n] if n < len(row) else "" for n, name in enumerate(header)}) for line, row in found]
+
+
+def _decoded(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # Ours hold names of files byte by byte. Other programs leave signs of themselves.
+        saved_elsewhere = b"\r\n" in content or content.partition(b"\n")[0].count(b";") > 1
+        return content.decode(*(("cp1252", "replace") if saved_elsewhere else ("utf-8-sig", "surrogateescape")))

@@ -22,7 +22,6 @@ ROOM_IN = 0.75  # of the cases shall have room for the drawn overlap
 LOOKED_AT = 256  # cases whose shapes decide about the view
 CELLS = 2  # a view keeps at least so many cells of the deepest feature map along every axis
 TOKEN = (8, 8, 8)  # voxels of a Primus token
-SMALL_VIEW = 48  # below, blocks of 16 voxels are too few to hide 75 % of them
 GB_PER_FEATURES = {"PlainConvUNet": 8 / 560e6, "ResidualEncoderUNet": 8 / 680e6}  # nnU-Net's rule, at 2 patches
 
 
@@ -48,14 +47,13 @@ def add_configuration(
     config = CVAConfig().updated(given, "preset")
     step = TOKEN if recipe.is_primus else strides(base["architecture"])
     chosen, found = _chosen_view(view, preset.get("patch_size"), shapes, base["patch_size"], step, config)
-    block = {**method_block(chosen), **given}
     batch = _chosen_batch(batch_size, preset.get("batch_size", PAPERS_BATCH), len(shapes), config)
-    add_pretraining(plans, configuration, chosen, batch, block)
+    add_pretraining(plans, configuration, chosen, batch, given)
     say(
         f"{configuration}: spacing {by(base['spacing'])} mm, median case {by(np.median(shapes, axis=0))} voxels, "
         f"patch {by(base['patch_size'])}."
     )
-    settings = f", {block}" if block else ""
+    settings = f", {given}" if given else ""
     say(f"{configuration}{PRETRAINING}: view {by(chosen)}, {batch} cases per step{settings}. {found}")
     if found.fits < ROOM_IN * found.cases:
         other, better = propose_view(shapes, chosen, step, config)
@@ -122,11 +120,6 @@ def propose_view(
             return tuple(int(n) for n in view), found
         axis = int(np.argmax(np.where(possible, view / median, -1)))
         view[axis] = smaller[axis]
-
-
-def method_block(view: Sequence[int]) -> dict[str, Any]:
-    """The ``"cva"`` settings that a view of this size asks for; empty: the recipe's."""
-    return {"mask_block": 8} if min(view) < SMALL_VIEW else {}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class PrimusBackbone(nn.Module):
         self.block = self.taps[0].stride
         self.reconstructs = config.reconstruction_weight > 0
         self.mask_ratio = config.mask_ratio
-        self._grid = _grid(eva)
+        self.grid = _grid(eva)
         network.up_projection.requires_grad_(False)
         self._add_heads(config)
         recompute_in_backward(self._recomputed(), config.gradient_checkpointing)
@@ -72,11 +72,11 @@ class PrimusBackbone(nn.Module):
         self.patch_decoder: nn.Module | None = None
         if config.needs_second_view:
             heads = nearest_heads(channels, FEATURE_HEADS, eva.rope is not None)
-            self.feature_blocks = _blocks(eva, heads, self._grid)
+            self.feature_blocks = _blocks(eva, heads, self.grid)
         if config.contrastive_weight > 0:
             self.pooling = AttentionPoolLatent(channels, num_heads=own_heads)
         if self.reconstructs:
-            self.decoder_blocks = _blocks(eva, own_heads, self._grid)
+            self.decoder_blocks = _blocks(eva, own_heads, self.grid)
             first = next(m for m in self.network.down_projection.modules() if isinstance(m, nn.Conv3d))
             self.patch_decoder = PatchDecode(self.block, channels, first.in_channels).apply(InitWeights_He(1e-2))
 
@@ -98,10 +98,10 @@ class PrimusBackbone(nn.Module):
         check_divisible(size, self.block)
         grid = tuple(n // s for n, s in zip(size, self.block, strict=True))
         tokens = grid[0] * grid[1] * grid[2]
-        known = self._grid[0] * self._grid[1] * self._grid[2]
-        if tokens != known or (self.network.eva.rope is not None and grid != self._grid):
+        known = self.grid[0] * self.grid[1] * self.grid[2]
+        if tokens != known or (self.network.eva.rope is not None and grid != self.grid):
             raise ValueError(
-                f"View {by(size)} has {by(grid)} tokens, but the network was built for {by(self._grid)}: its position "
+                f"View {by(size)} has {by(grid)} tokens, but the network was built for {by(self.grid)}: its position "
                 "embedding fits one size only. Build it for the patch_size of the plans."
             )
         check_visible(size, self.block, self.mask_ratio, "tokens")

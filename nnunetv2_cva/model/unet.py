@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import MASK_BLOCKS, CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
 from nnunetv2_cva.model.families import PLAIN, RESIDUAL
 from nnunetv2_cva.model.family import Family
@@ -29,7 +29,7 @@ class UNetBackbone(nn.Module):
         self.taps = self.taps_of(network)
         self.family: Family = PLAIN if getattr(network.encoder, "stem", None) is None else RESIDUAL
         self.image_channels = sum(tap.channels for tap in self.taps)
-        self.block = (config.mask_block,) * 3
+        self.block = (config.mask_block or MASK_BLOCKS[0],) * 3
         self.mask_ratio = config.mask_ratio
         self.reconstructs = config.reconstruction_weight > 0
         self._freeze_unread()

@@ -21,6 +21,7 @@ import torch
 
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.clock import Clock, make_clock
+from nnunetv2_cva.training.copies import COPIED
 from nnunetv2_cva.training.trainer import CVATrainer
 from nnunetv2_cva.transfer.target import find_target
 from nnunetv2_cva.views.resources import CGROUPS, usable_cores
@@ -158,7 +159,7 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
 
 def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]:
     """Steps per second, and one batch."""
-    batches = trainer.dataloader_train
+    batches = getattr(trainer.dataloader_train, "batches", trainer.dataloader_train)  # without the copy to a GPU
     at_once = max(1, batches.workers)  # they come together: only whole rounds count
     for _ in range(batches.prepared + at_once):
         batch = next(batches)
@@ -172,10 +173,10 @@ def _loader(trainer: CVATrainer, seconds: float) -> tuple[float, dict[str, Any]]
 
 def _device(trainer: CVATrainer, batch: dict[str, Any], seconds: float, clock: Clock) -> tuple[float, float]:
     """Steps per second on one batch, differently augmented and masked in every step, and seconds of the first step."""
+    batch = {name: value.to(trainer.device) if name in COPIED else value for name, value in batch.items()}
 
     def step(number: int) -> None:
-        views = batch["views"] if trainer.device.type == "cuda" else batch["views"].clone()  # on CPUs changed in place
-        trainer.train_step({**batch, "views": views, "step": number})
+        trainer.train_step({**batch, "views": batch["views"].clone(), "step": number})  # the clone is changed in place
 
     began = perf_counter()
     step(0)
@@ -258,7 +259,7 @@ def _less_memory(trainer: CVATrainer) -> str:
 def warnings(log: str) -> list[str]:
     """Of a trainer's log, what a user should know, without the times."""
     lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line) for line in log.splitlines())
-    return [line for line in lines if any(mark in line for mark in ("WARNING", "instead of", "Going on without"))]
+    return [line for line in lines if any(mark in line for mark in ("WARNING", "instead of", "Going on without", "Attention: "))]
 
 
 def table(found: Speeds, trainer: CVATrainer) -> list[str]:

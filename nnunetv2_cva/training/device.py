@@ -32,13 +32,16 @@ class Share:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, None for float32. "auto": bfloat16 where a CUDA device has it, else float16; float32 elsewhere.
 
+    bfloat16 works on CPUs, too, and halves the time where they have instructions for it; nobody gets it there unasked.
+
     Raises:
-        ValueError: a reduced precision on a device that has no CUDA.
+        ValueError: a precision that this device does not have.
     """
     if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
         return None
-    if device.type != "cuda":
-        raise ValueError(f"precision: {precision!r} needs a CUDA device, found {device.type!r}. Use 'auto' or 'fp32'.")
+    if device.type not in ("cuda", "cpu") or (device.type == "cpu" and precision == "fp16"):
+        other = "'bf16', 'auto' or 'fp32'" if device.type == "cpu" else "'auto' or 'fp32'"
+        raise ValueError(f"precision: {precision!r} needs a CUDA device, found {device.type!r}. Use {other}.")
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if precision == "bf16" else torch.float16

@@ -18,6 +18,7 @@ from nnunetv2_cva.training.metrics import METRICS, is_loss
 from nnunetv2_cva.training.watching import criterion
 
 PROGRESS_SECONDS = 60.0
+LONG_ENOUGH_FOR_SGD = 20_000  # iterations; nothing between 1500 and the paper's 62,500 was measured
 
 
 class Pace:
@@ -56,7 +57,19 @@ def opening(
             f"WARNING: warmup_epochs {config.warmup_epochs}, epochs {config.epochs}: the whole training is warm-up, with at most "
             f"{config.epochs / config.warmup_epochs:.0%} of learning_rate. Set warmup_epochs to less than epochs."
         )
+    if config.optimizer == "sgd" and config.epochs * config.iterations_per_epoch < LONG_ENOUGH_FOR_SGD:
+        lines.append(short_for_sgd(config))
     return lines
+
+
+def short_for_sgd(config: CVAConfig) -> str:
+    """What is known about SGD, which the paper trains U-Nets with, in runs that are much shorter than the paper's."""
+    return (
+        f"WARNING: {config.epochs * config.iterations_per_epoch} iterations of SGD at learning_rate {config.learning_rate:g}; "
+        "the paper's recipe is meant for 62500. Measured after 1000 iterations on the hippocampus, 1 or 4 labels: with SGD, "
+        "Dice after fine-tuning was 0.083 +- 0.085 below training from scratch (ahead in 0 of 6 splits), with optimizer adamw, "
+        "learning_rate 0.001, weight_decay 0.01 it was 0.141 +- 0.082 above (6 of 6). In between nothing was measured."
+    )
 
 
 def metrics(record: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,10 @@ class TrainingStep:
     """Trains what ``run`` holds on one prepared batch after the other.
 
     ``student``: the run's student as it is called, wrapped where there are several GPUs. ``cases``: of every rank's part of a
-    step. ``compiled``: both branches under ``torch.compile``. When the first step fails with it, forward or backward, ``say``
-    gets one line and the step is done again without; running out of GPU memory is not the compiler's fault and is raised.
-    ``compute``: the recipe's objective.
+    step. ``compiled``: both branches under ``torch.compile``; ``say`` gets a line with the seconds that the first step took. When
+    that step fails, forward or backward, the line says why and the step is done again without; running out of GPU memory is not
+    the compiler's fault and is raised. ``compute``: the recipe's objective. ``attention``: what forward and
+    backward run in.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class TrainingStep:
         compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
         compute: Objective = objective,
+        attention: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.compute = compute
         self.run, self.config, self.cases, self.autocast, self.say = run, config, cases, autocast, say
+        self.attention = attention
         self._plain = _Branches(student, run.teacher)
         self._branches = self._plain.compiled() if compiled else self._plain
         self._unproven = compiled
@@ -55,7 +59,8 @@ class TrainingStep:
     def __call__(self, batch: Prepared) -> dict[str, Tensor]:
         """Every loss of the recipe and their ``total``, detached; the student and, unless the loss scaler skipped the step, the
         teacher have moved on."""
-        losses = self._first_gradients(batch) if self._unproven else self._gradients(batch)
+        with self.attention():
+            losses = self._first_gradients(batch) if self._unproven else self._gradients(batch)
         if self._update() and self.run.teacher is not None:
             self.run.teacher.follow(self.run.student, self.config.teacher_momentum)
         return {name: loss.detach() for name, loss in losses.items()}
@@ -73,8 +78,11 @@ class TrainingStep:
 
     def _first_gradients(self, batch: Prepared) -> dict[str, Tensor]:
         self._unproven = False
+        began = perf_counter()
         try:
-            return self._gradients(batch)
+            losses = self._gradients(batch)
+            self.say(f"The first step took {perf_counter() - began:.1f} s, torch.compile included.")
+            return losses
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as e:

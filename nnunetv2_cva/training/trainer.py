@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -27,6 +28,8 @@ from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import messages
+from nnunetv2_cva.training.attention import choose, preferring
+from nnunetv2_cva.training.copies import DeviceBatches, Lane
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
 from nnunetv2_cva.training.history import History
@@ -68,6 +71,7 @@ class CVATrainer(nnUNetTrainer):
         self.enable_deep_supervision = False
         self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
+        self.config = self.config.for_view(self.view_size)
         if self.config.gradient_checkpointing and self.device.type == "mps":
             self.config = replace(self.config, gradient_checkpointing=False)
             self.print_to_log_file("gradient_checkpointing is off: torch cannot repeat random draws on mps.")
@@ -158,12 +162,22 @@ class CVATrainer(nnUNetTrainer):
             self._do_i_compile(),
             self.print_to_log_file,
             self.objective,
+            attention=partial(preferring, self._choose_attention()),
         )
         its = self.num_iterations_per_epoch
-        self.dataloader_train = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        batches = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        self.dataloader_train = DeviceBatches(batches, Lane(self.device)) if self.device.type == "cuda" else batches
         self._resumed = None
         self._saved_at = monotonic()
         empty_cache(self.device)
+
+    def _choose_attention(self) -> str | None:
+        """The kernel that attention prefers; None: torch's order."""
+        views = (self.data.share.end - self.data.share.begin) * (2 if self.config.needs_second_view else 1)
+        kernel, line = choose(self.config.attention, self.student.backbone, views, self.device, self.autocast_dtype)
+        if line is not None:
+            self.print_to_log_file(line)
+        return kernel
 
     def _start_from_file(self) -> None:
         """Fill the network from ``init_from``, adapted where it must be; a resumed run has its weights already."""

@@ -71,6 +71,7 @@ def from_training(
         "config": ours.get("config"),
         "plans": plans,
         "configuration": configuration,
+        "fold": entry(content, "init_args").get("fold"),
         "family": ours.get("family"),
     }
     if found := settings(plans, configuration):

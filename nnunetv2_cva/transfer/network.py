@@ -60,6 +60,19 @@ def load_network(file: str | Path, branch: str = "student", trust: bool = False)
     return _with_taps(network.eval(), source)
 
 
+def untrained_network(file: str | Path, trust: bool = False) -> Loaded:
+    """The network of ``file`` as it is initialised, the same at every call: what any training has to be better than.
+
+    Raises:
+        ValueError: as ``load_network``, but for the weights, which are not looked at.
+    """
+    source = read(file, trust=trust)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = _built(source)
+    return _with_taps(network.eval(), source)
+
+
 def _with_taps(network: nn.Module, source: Source) -> Loaded:
     family = source.layout.family
     if family in FAMILIES:

@@ -13,8 +13,18 @@ from torch import Tensor
 
 DEPTH = 60  # containers within each other
 ENTRIES = 2_000_000  # of all containers, each counted as often as it is mentioned
-_KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
-_KINDS += (torch.uint8, torch.bool)
+_KINDS: tuple[torch.dtype, ...] = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def check_archive(path: Path) -> None:

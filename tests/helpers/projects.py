@@ -1,6 +1,7 @@
 """A preprocessed nnU-Net dataset small enough to train on in seconds, and nnU-Net's own way of training on it."""
 
 import json
+import pickle
 from pathlib import Path
 
 import blosc2
@@ -103,6 +104,15 @@ def make_project(folder: Path, monkeypatch, cases=12, **plan_options) -> Path:
         smooth = (smooth - smooth.mean()) / smooth.std()
         blosc2.asarray(smooth, urlpath=str(data / f"case_{i:02d}.b2nd"), mode="w")
     return data
+
+
+def add_labels(data: Path) -> None:
+    """Labels, bright or not, for every case of ``make_project``, and what else nnU-Net's preprocessing writes."""
+    for file in sorted(data.glob("case_??.b2nd")):
+        labels = (blosc2.open(str(file), mode="r")[:] > 0.5).astype(np.int8)
+        blosc2.asarray(labels, urlpath=str(file.with_name(f"{file.stem}_seg.b2nd")), mode="w")
+        properties = {"class_locations": {1: np.argwhere(labels > 0)}, "spacing": [1.0, 1.0, 1.0]}
+        file.with_suffix(".pkl").write_bytes(pickle.dumps(properties))
 
 
 def make_trainer(recipe, configuration=CONFIGURATION, fold="all", resume=False, weights=None, device="cpu"):

@@ -1,0 +1,1 @@
+"""Looking at what a network has learned: its features of any image, what matches what, and whether a training learns."""

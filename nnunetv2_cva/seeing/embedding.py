@@ -1,0 +1,148 @@
+"""Features of images as files: one per image, written whole, so that a run can be killed, repeated and split over machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nnunetv2_cva.files import write_text, written_whole
+from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, on_grid, window_vectors
+from nnunetv2_cva.seeing.frozen import Frozen
+from nnunetv2_cva.seeing.images import Found, Image, preprocess
+
+Level = Literal["image", "windows", "dense"]
+Format = Literal["npz", "b2nd", "nifti"]
+TABLE, VECTORS = "embeddings.csv", "embeddings.npz"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is computed and how it is stored. ``taps``: their numbers, None for all. ``format``: of dense maps."""
+
+    level: Level
+    folder: Path
+    taps: tuple[int, ...] | None = None
+    format: Format = "npz"
+    overlap: float = 0.5
+
+    def files(self, name: str, network: Frozen) -> list[Path]:
+        """What there is of an image when it is done; the last is written last."""
+        if self.level != "dense" or self.format == "npz":
+            return [self.folder / f"{name}.npz"]
+        ending = "b2nd" if self.format == "b2nd" else "nii.gz"
+        return [self.folder / f"{name}_tap{t}.{ending}" for t in check_taps(self.taps, network.taps)]
+
+
+def missing(images: Sequence[Found], wanted: Wanted, network: Frozen) -> list[Found]:
+    """The images of which nothing, or not all, is there yet."""
+    return [i for i in images if not all(f.is_file() for f in wanted.files(i.name, network))]
+
+
+def embed(found: Found, network: Frozen, wanted: Wanted, tick: Callable[[], object] = lambda: None) -> None:
+    """Preprocess an image, compute its features and write them.
+
+    image: ``vector`` (D,): the mean of every tap over the image. windows: ``vectors`` (W, D), the means over windows of the
+    network's view, and ``starts`` (W, 3), where these begin in voxels of the preprocessed image. dense: a map per tap, with
+    stride and offset: the centre of cell n is at ``stride * (n + 0.5) + offset`` of the preprocessed image.
+
+    Raises:
+        ValueError: the image cannot be read or preprocessed; there is no such tap.
+        OSError: it cannot be written.
+    """
+    image = preprocess(found, network)
+    voxels = image.voxels.to(network.device)
+    numbers = check_taps(wanted.taps, network.taps)
+    about = {"size": np.array(image.size), "spacing": np.array(image.spacing), "taps": np.array(numbers)}
+    (target, *_) = wanted.files(image.name, network)
+    if wanted.level == "windows":
+        starts, vectors = window_vectors(voxels, network.encode, network.taps, network.view, wanted.overlap, numbers)
+        _write_npz(target, vectors=vectors.numpy(), starts=starts.numpy(), view=np.array(network.view), **about)
+        return
+    maps = dense_maps(voxels, network.encode, network.taps, network.view, wanted.overlap, numbers, tick)
+    if wanted.level == "image":
+        _write_npz(target, vector=torch.cat([m.values.mean(dim=(1, 2, 3)) for m in maps]).cpu().numpy(), **about)
+    else:
+        _write_dense(maps, numbers, image, network, wanted, about)
+
+
+def gather(images: Sequence[Found], wanted: Wanted) -> None:
+    """``embeddings.csv`` and ``embeddings.npz`` (``names``, ``vectors``) from the files of all images, in their order."""
+    vectors = []
+    for image in images:
+        with np.load(wanted.folder / f"{image.name}.npz") as content:
+            vectors.append(content["vector"])
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", *(f"f{i}" for i in range(len(vectors[0])))])
+    for image, vector in zip(images, vectors, strict=True):
+        table.writerow([image.name, *(f"{v:.6g}" for v in vector)])
+    write_text(wanted.folder / TABLE, text.getvalue())
+    _write_npz(wanted.folder / VECTORS, names=np.array([i.name for i in images]), vectors=np.stack(vectors))
+
+
+def in_file_space(m: DenseMap, image: Image) -> np.ndarray:
+    """(*shape of the file's array, C) float32: the map interpolated at every voxel of the file, 0 where nnU-Net cropped."""
+    box = image.properties["bbox_used_for_cropping"]
+    inner = on_grid([m], [b - a for a, b in box], exactly=True).cpu().numpy()
+    whole = np.zeros((len(inner), *image.properties["shape_before_cropping"]), np.float32)
+    whole[(slice(None), *(slice(a, b) for a, b in box))] = inner
+    back = np.argsort(image.order)
+    return np.ascontiguousarray(np.moveaxis(whole.transpose(0, *(1 + back)), 0, -1))
+
+
+def _write_dense(
+    maps: Sequence[DenseMap], numbers: Sequence[int], image: Image, network: Frozen, wanted: Wanted, about: dict[str, np.ndarray]
+) -> None:
+    if wanted.format == "npz":
+        arrays = {f"tap{t}": m.values.cpu().numpy() for t, m in zip(numbers, maps)}
+        places = {f"tap{t}_{what}": np.array(getattr(m, what)) for t, m in zip(numbers, maps) for what in ("stride", "offset")}
+        _write_npz(wanted.files(image.name, network)[0], **arrays, **places, **about)
+        return
+    for m, path in zip(maps, wanted.files(image.name, network), strict=True):
+        if wanted.format == "b2nd":
+            _write_b2nd(path, m, image)
+        else:
+            _write_nifti(path, in_file_space(m, image), image)
+
+
+def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+    with written_whole(path) as partial, open(partial, "wb") as f:
+        np.savez_compressed(f, **arrays)  # type: ignore[arg-type]  numpy's stub takes allow_pickle for any name
+
+
+def _write_b2nd(path: Path, m: DenseMap, image: Image) -> None:
+    import blosc2
+
+    place: dict[str, Any] = {"stride": list(m.stride), "offset": list(m.offset), "size": list(m.size)}
+    with written_whole(path) as partial:
+        values = np.ascontiguousarray(m.values.cpu().numpy())
+        array = blosc2.asarray(values, urlpath=str(partial), mode="w")
+        array.schunk.vlmeta["cva"] = {**place, "spacing": list(image.spacing)}
+
+
+def _write_nifti(path: Path, values: np.ndarray, image: Image) -> None:
+    """As a vector image in the file's own space."""
+    import SimpleITK as sitk
+
+    content = sitk.GetImageFromArray(values, isVector=True)
+    geometry = image.properties.get("sitk_stuff")
+    if geometry:
+        content.SetSpacing(geometry["spacing"])
+        content.SetOrigin(geometry["origin"])
+        content.SetDirection(geometry["direction"])
+    else:
+        content.SetSpacing([float(s) for s in reversed(image.properties["spacing"])])
+    with written_whole(path) as partial:
+        renamed = partial.with_name(partial.name + ".nii.gz")  # SimpleITK chooses the format by the ending
+        try:
+            sitk.WriteImage(content, str(renamed), useCompression=True)
+            renamed.replace(partial)
+        finally:
+            renamed.unlink(missing_ok=True)

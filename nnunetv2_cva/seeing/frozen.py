@@ -1,0 +1,103 @@
+"""A network whose weights no longer change, as a source of features: of any file that ``info`` reads, or untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_cva.model.taps import Tap
+from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.network import Loaded, load_network, untrained_network
+
+Encode = Callable[[Tensor], list[Tensor]]
+# Of a configuration, where plans of nnssl say less than nnU-Net's: nnU-Net's own values.
+RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+USUAL = {
+    "preprocessor_name": "DefaultPreprocessor",
+    "resampling_fn_data": "resample_data_or_seg_to_shape",
+    "resampling_fn_data_kwargs": RESAMPLING,
+    "resampling_fn_seg": "resample_data_or_seg_to_shape",
+    "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An encoder and what it expects. ``encode``: views (N, C, *view) on ``device`` -> a map (N, C, cells) of every tap.
+
+    ``plans`` and ``configuration`` say how images are preprocessed for it, at ``spacing`` (mm along i, j, k); ``view`` is the
+    extent that it was trained with.
+    """
+
+    label: str
+    encode: Encode
+    taps: tuple[Tap, ...]
+    view: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    channels: int
+    plans: dict[str, Any]
+    configuration: str
+    device: torch.device
+
+
+def load_frozen(file: str | Path, branch: str = "student", trust: bool = False, device: str = "cpu", label: str = "") -> Frozen:
+    """The network in a file. ``label``: how tables and pictures call it, the file's name by default.
+
+    Raises:
+        ValueError: as ``load_network``; or the file does not say how images are to be preprocessed for it.
+    """
+    return _frozen(load_network(file, branch, trust), file, device, label or Path(file).stem)
+
+
+def untrained(like: str | Path, trust: bool = False, device: str = "cpu", label: str = "untrained") -> Frozen:
+    """The network of a file as nnU-Net initialises it.
+
+    Raises:
+        ValueError: as ``load_frozen``.
+    """
+    return _frozen(untrained_network(like, trust), like, device, label)
+
+
+def _frozen(loaded: Loaded, file: str | Path, device: str, label: str) -> Frozen:
+    card, chosen = loaded.card, torch.device(device)
+    plans, name = entry(card, "plans"), card.get("configuration")
+    settings = _usual(plans, name)
+    spacing, view = (
+        tuple(settings.get(key) or card.get(other) or ()) for key, other in (("spacing", "spacing"), ("patch_size", "view_size"))
+    )
+    schemes = settings.get("normalization_schemes")
+    if not isinstance(name, str) or not schemes or len(spacing) != 3 or len(view) != 3:
+        raise ValueError(
+            f"{file} does not state how images are preprocessed for its network: expected plans with the spacing, the "
+            f"normalisation and the patch_size of a 3D configuration, found spacing {list(spacing)}, normalisation {schemes}, "
+            f"patch_size {list(view)}."
+        )
+    intensities = entry(plans, "foreground_intensity_properties_per_channel")
+    plans = {
+        **{"transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]},
+        **plans,
+        "foreground_intensity_properties_per_channel": {str(c): intensities.get(str(c), {}) for c in range(len(schemes))},
+        "configurations": {name: settings},
+    }
+    network = loaded.network.requires_grad_(False).to(chosen)
+    assert not network.training
+    i, j, k = (int(n) for n in view)
+    si, sj, sk = (float(s) for s in spacing)
+    return Frozen(label, loaded.maps, loaded.taps, (i, j, k), (si, sj, sk), len(schemes), plans, name, chosen)
+
+
+def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:
+    """The configuration with all that nnU-Net's preprocessing asks for."""
+    from nnunetv2_cva.transfer.card import settings
+
+    found = settings(plans, name)
+    masks = {
+        "resampling_fn_seg": found.get("resampling_fn_mask"),
+        "resampling_fn_seg_kwargs": found.get("resampling_fn_mask_kwargs"),
+    }
+    return {**USUAL, **{k: v for k, v in masks.items() if v}, **found} if found else {}

@@ -1,0 +1,154 @@
+"""``nnUNetv2_cva compare`` as a user runs it: stopped and gone on with, in parts, refused where test cases were seen."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.projects import NAME, add_labels, make_project
+
+from nnunetv2_cva.commands.main import main
+from nnunetv2_cva.comparing.arms import named
+from nnunetv2_cva.comparing.design import Request
+from nnunetv2_cva.comparing.run import run
+from nnunetv2_cva.transfer.target import find_target
+
+LENGTH = {"iterations": 10, "points": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A labelled dataset, and weights that say that they were trained on fold 0, on all cases, on something unknown."""
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        data = make_project(folder, monkeypatch, cases=10)
+        add_labels(data)
+        target = find_target(NAME, "3d_fullres", "nnUNetPlans", "nnUNetTrainer")
+        for name, fold, plans in (("fold_0", 0, target.plans), ("all", "all", target.plans), ("unknown", None, None)):
+            torch.manual_seed(1)
+            content = {"network_weights": target.build().state_dict(), "trainer_name": "nnUNetTrainer"}
+            content["init_args"] = {
+                "plans": plans,
+                "configuration": "3d_fullres",
+                "fold": fold,
+                "dataset_json": target.dataset_json,
+            }
+            torch.save(content if plans else content["network_weights"], folder / f"{name}.pth")
+    return folder
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(project / name))
+    return project
+
+
+def request(here, out, **changes):
+    return Request(**{"dataset": NAME, "configuration": "3d_fullres", "weights": (str(here / "fold_0.pth"),), "labels": (1, 2)}
+                   | {"seeds": 2, "folder": str(out), **LENGTH, **changes})  # fmt: skip
+
+
+def start(asked, stop_after=None):
+    """Run; returns the outcome, what was said, and which trainings were done now."""
+    said, done = [], []
+
+    def trained(result, pace):
+        done.append(result.task.job.name)
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+
+    return run(asked, said.append, lambda *_: None, trained), said, done
+
+
+def without_times(folder):
+    return {p.name: {k: v for k, v in json.loads(p.read_text()).items() if k != "seconds"} for p in (folder / "jobs").iterdir()}
+
+
+def test_a_stopped_comparison_goes_on_and_finds_the_same(here, tmp_path):
+    asked = request(here, tmp_path / "stopped", labels=(2,))
+    with pytest.raises(KeyboardInterrupt):
+        start(asked, stop_after=3)
+    (tmp_path / "stopped" / "jobs" / "torn.json.host.1.partial").write_text("{")
+    outcome, said, done = start(asked)
+    assert len(done) == 1 and outcome.unfinished == 0
+    assert "voxel" not in said[1] and "No test case was pretrained on, by the split of its own training" in said[1]
+    (tmp_path / "stopped" / "jobs" / "torn.json.host.1.partial").unlink()
+    _, _, again = start(request(here, tmp_path / "whole", labels=(2,)))
+    assert len(again) == 4
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole"), "the same numbers, stopped or not"
+    content = json.loads((tmp_path / "whole" / "compare.json").read_text())
+    assert content["unfinished"] == 0 and len(content["sentences"]) == 1 and content["sentences"] == list(outcome.sentences)
+    assert content["arms"][1]["test_cases"].startswith("No test case was pretrained on")
+    one, other = (without_times(tmp_path / "whole")[f"{arm}__2_labels__seed_0.json"] for arm in ("scratch", "fold_0"))
+    assert one["training"] == other["training"] and one["points"] != other["points"]
+    assert [p["iteration"] for p in one["points"]] == [5, 10]
+    assert not set(one["training"]) & set(content["design"]["test"])
+
+
+def test_parts_together_are_the_whole_and_the_command_says_so(here, tmp_path, capsys):
+    words = ["compare", "-d", "100", "-c", "3d_fullres", "--weights", str(here / "fold_0.pth"), "--labels", "1", "--seeds", "2"]
+    words += ["--iterations", "10", "--points", "1", "-o", str(tmp_path / "out"), "-device", "cpu", "-parts", "2", "-part"]
+    assert main([*words, "0"]) == 0
+    first = capsys.readouterr().out
+    assert "2 of 2: " in first and "2 trainings are not finished" in first
+    assert main([*words, "1"]) == 0
+    second = capsys.readouterr().out
+    assert "not finished" not in second and re.search(r"fold_0 (gains|loses)|No gain shown of fold_0|Neither fold_0", second)
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_a_pretraining_that_has_seen_test_cases_is_refused(here, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"all.pth was pretrained on 2 of 2 test cases \(case_\d+, case_\d+; by the split.*Pretrain wi"
+    ):
+        start(request(here, tmp_path, weights=(str(here / "all.pth"),)))
+    with pytest.raises(ValueError, match=r"fold_0.pth was pretrained on 2 of 2 test cases"):
+        start(request(here, tmp_path / "other", fold=1))
+
+
+def test_what_cannot_be_checked_is_said(here, tmp_path):
+    _, said, _ = start(request(here, tmp_path, weights=(str(here / "unknown.pth"),), labels=(1,), seeds=1))
+    assert "WARNING: could not check whether unknown.pth was pretrained on test cases" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"labels": (1, 9)}, "`labels`: fold 0 has 8 training cases, found 9"),
+        ({"fold": 5}, "`fold=5`: Dataset100_Tiny has the folds 0 to 4"),
+        ({"configuration": "3d"}, "no configuration '3d'"),
+        ({"weights": ("nowhere.pth",)}, "`weights`: no file .*nowhere.pth"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(here, tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        start(request(here, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_file_of_the_same_name_are_not_taken(here, tmp_path):
+    asked = request(here, tmp_path / "out", labels=(1,), seeds=1)
+    start(asked)
+    (tmp_path / "fold_0.pth").write_bytes(b"")
+    content = torch.load(here / "fold_0.pth", weights_only=False)
+    content["network_weights"]["encoder.stem.convs.0.conv.weight"] += 1
+    torch.save(content, tmp_path / "fold_0.pth")
+    with pytest.raises(ValueError, match="is of another file with weights that was also called fold_0"):
+        start(request(here, tmp_path / "out", labels=(1,), seeds=1, weights=(str(tmp_path / "fold_0.pth"),)))
+
+
+def test_files_are_called_by_what_tells_them_apart(tmp_path):
+    files = [tmp_path / a / b / "checkpoint_final.pth" for a, b in (("CVA", "fold_all"), ("MAE", "fold_all"), ("MAE", "fold_0"))]
+    files.append(tmp_path / "open mind.pth")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert named([str(files[0]), str(files[1])]) == ["CVA", "MAE"]
+    assert named([str(f) for f in files[1:3]] + [str(files[3])])[2] == "open_mind"
+    assert named([str(files[0])]) == ["checkpoint_final"]
+    names = named([str(f) for f in files])
+    assert len(set(names)) == 4 and all(Path(n).name == n for n in names)
+    with pytest.raises(ValueError, match="`weights`: a file is given twice"):
+        named([str(files[0]), str(files[0])])

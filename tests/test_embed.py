@@ -1,0 +1,174 @@
+"""Features as files: vectors, windows and maps of images, resumable, and maps in the space of their image."""
+
+import csv
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from helpers.images import voxels, write
+from helpers.targets import call, pretraining, target
+
+from nnunetv2_cva.seeing import embedding
+from nnunetv2_cva.seeing.dense import DenseMap, on_grid
+from nnunetv2_cva.seeing.frozen import load_frozen, untrained
+from nnunetv2_cva.seeing.images import Image, find_images, preprocess
+
+CHANNELS = 4 + 6 + 8
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A pretraining's checkpoint, never trained."""
+    path = tmp_path_factory.mktemp("weights") / "checkpoint_final.pth"
+    pretraining(path, target(spacing=(1.0, 1.0, 1.0)))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Larger than the view of 16x24x32, smaller, and not divisible."""
+    for i, shape in enumerate([(40, 30, 36), (14, 18, 16), (21, 33, 29)]):
+        write(tmp_path / "images" / f"scan_{i}_0000.nii.gz", voxels(i, shape), (1.0, 1.5, 1.0))
+    return tmp_path / "images"
+
+
+def run(weights, images, out, *more):
+    return call("embed", weights, "-i", images, "-o", out, "-device", "cpu", *more)
+
+
+def test_a_vector_for_every_image_and_a_table_of_all(weights, images, tmp_path):
+    assert run(weights, images, tmp_path / "out") == 0
+    with np.load(tmp_path / "out" / embedding.VECTORS) as content:
+        names, vectors = content["names"], content["vectors"]
+    assert list(names) == ["scan_0", "scan_1", "scan_2"] and vectors.shape == (3, CHANNELS)
+    rows = list(csv.reader((tmp_path / "out" / embedding.TABLE).read_text().splitlines()))
+    assert rows[0] == ["image", *(f"f{i}" for i in range(CHANNELS))] and rows[2][0] == "scan_1"
+    np.testing.assert_allclose(np.array(rows[3][1:], float), vectors[2], rtol=1e-4)
+
+
+def test_an_image_of_one_window_has_the_means_of_the_networks_own_maps(weights, tmp_path):
+    write(tmp_path / "one.nii.gz", voxels(0, (16, 24, 32), air=0))
+    network = load_frozen(weights)
+    (found,) = find_images([str(tmp_path / "one.nii.gz")], 1)
+    embedding.embed(found, network, embedding.Wanted("image", tmp_path))
+    image = preprocess(found, network)
+    with torch.inference_mode():
+        expected = torch.cat([m.mean(dim=(0, 2, 3, 4)) for m in network.encode(image.voxels[None])])
+    np.testing.assert_allclose(np.load(tmp_path / "one.npz")["vector"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_parts_and_a_second_run_do_only_what_is_missing(weights, images, tmp_path, monkeypatch, capsys):
+    done = []
+    real = embedding.embed
+    monkeypatch.setattr(embedding, "embed", lambda found, *a, **k: done.append(found.name) or real(found, *a, **k))
+    assert run(weights, images, tmp_path / "out", "-part", 1, "-parts", 2) == 0
+    assert done == ["scan_1"] and "2 of 3 images are still missing" in capsys.readouterr().out
+    assert run(weights, images, tmp_path / "out") == 0
+    assert done == ["scan_1", "scan_0", "scan_2"] and (tmp_path / "out" / embedding.TABLE).is_file()
+    assert run(weights, images, tmp_path / "out") == 0 and len(done) == 3
+
+
+def test_a_folder_of_other_features_is_refused(weights, images, tmp_path, capsys):
+    assert run(weights, images, tmp_path / "out") == 0
+    assert run(weights, images, tmp_path / "out", "--taps", -1) == 2
+    assert "computed otherwise (taps: None, now [-1])" in capsys.readouterr().err
+
+
+def test_windows_and_chosen_taps(weights, images, tmp_path):
+    assert run(weights, images, tmp_path / "out", "--level", "windows", "--taps", 0, -1) == 0
+    with np.load(tmp_path / "out" / "scan_0.npz") as content:
+        assert content["vectors"].shape == (len(content["starts"]), 4 + 8) and content["taps"].tolist() == [0, 2]
+        assert len(content["starts"]) > 1
+
+
+def test_maps_as_arrays_say_where_their_cells_are(weights, images, tmp_path):
+    for form in ("npz", "b2nd"):
+        assert run(weights, images, tmp_path / form, "--level", "dense", "--taps", 1, "--format", form) == 0
+    with np.load(tmp_path / "npz" / "scan_2.npz") as content:
+        values, stride, offset = content["tap1"], content["tap1_stride"], content["tap1_offset"]
+    stored = blosc2.open(str(tmp_path / "b2nd" / "scan_2_tap1.b2nd"))
+    np.testing.assert_array_equal(stored[:], values)
+    place = stored.schunk.vlmeta["cva"]
+    assert place["stride"] == stride.tolist() == [2, 2, 2] and place["offset"] == offset.tolist()
+    assert values.shape[0] == 6
+
+
+def test_a_map_in_nifti_lies_on_its_image(weights, images, tmp_path):
+    assert (
+        run(weights, images / "scan_2_0000.nii.gz", tmp_path / "out", "--level", "dense", "--taps", 0, "--format", "nifti") == 0
+    )
+    image = sitk.ReadImage(str(images / "scan_2_0000.nii.gz"))
+    found = sitk.ReadImage(str(tmp_path / "out" / "scan_2_tap0.nii.gz"))
+    assert found.GetSize() == image.GetSize() and found.GetNumberOfComponentsPerPixel() == 4
+    np.testing.assert_allclose(found.GetSpacing(), image.GetSpacing(), rtol=1e-6)
+    values = sitk.GetArrayFromImage(found)
+    assert (values[0] == 0).all() and (values[10, 15, 12] != 0).any(), "cropped voxels are 0, others not"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_ramp_in_the_space_of_the_file_is_a_ramp_to_a_tenth_of_a_voxel(order):
+    """Cropped, its axes exchanged, resampled, mapped with stride 4 and an offset, and back."""
+    shape = [30, 44, 38]
+    box = [[3, 27], [5, 41], [0, 38]]  # in network order
+    size = (48, 30, 50)
+    properties = {"bbox_used_for_cropping": box, "shape_before_cropping": tuple(shape)}
+    image = Image("a", torch.zeros(1, *size), (1.0, 1.0, 1.0), properties, order)
+    cells, stride, offset = (14, 9, 14), (4, 4, 4), (-3.25, -1.0, 0.5)
+    centres = [s * (torch.arange(n) + 0.5) + o for n, s, o in zip(cells, stride, offset)]
+    values = torch.stack(torch.meshgrid(*centres, indexing="ij"))  # every cell knows where in the preprocessed image it is
+    found = embedding.in_file_space(DenseMap(values, stride, offset, size), image)
+    assert found.shape[:3] == tuple(np.array(shape)[np.argsort(order)])
+    rng = np.random.default_rng(0)
+    inside = np.stack([rng.integers(a, b, 200) for a, b in box], axis=1)
+    voxel = np.empty_like(inside)
+    voxel[:, list(order)] = inside  # axes of the file
+    expected = image.from_file(voxel + 0.5)
+    assert np.abs(found[tuple(voxel.T)] - expected).max() < 0.1
+    np.testing.assert_allclose(image.to_file(expected), voxel + 0.5)
+
+
+def test_nnunets_resampling_puts_voxels_where_from_file_says(weights, tmp_path):
+    """A bright blob in a file of another spacing: its centre of mass, before and after."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) + 0.5 for n in (30, 40, 36)], indexing="ij"), axis=-1)
+    centre = np.array([12.2, 22.7, 17.9])
+    blob = 10 + 1000 * np.exp(-(((grid - centre) / 3) ** 2).sum(-1))
+    write(tmp_path / "blob.nii.gz", blob.astype(np.float32), (1.0, 0.8, 1.7))
+    image = preprocess(find_images([str(tmp_path / "blob.nii.gz")], 1)[0], load_frozen(weights))
+    weight = (image.voxels[0] - image.voxels.min()).clamp_min(0).double() ** 2
+    axes = [torch.arange(n, dtype=torch.float64) + 0.5 for n in image.size]
+    found = [float((weight.sum([b for b in range(3) if b != a]) * axes[a]).sum() / weight.sum()) for a in range(3)]
+    np.testing.assert_allclose(found, image.from_file(centre[None])[0], atol=0.1)
+
+
+def test_teacher_and_untrained_are_other_networks(weights):
+    views = torch.randn(1, 1, 16, 24, 32)
+    with torch.inference_mode():
+        maps = [n.encode(views)[0] for n in (load_frozen(weights), load_frozen(weights, "teacher"), untrained(weights))]
+        assert torch.equal(maps[2], untrained(weights).encode(views)[0])
+    assert all(not torch.allclose(maps[a], maps[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_networks_of_several_channels_want_nnunets_names(tmp_path):
+    for c in range(2):
+        write(tmp_path / f"a_{c:04d}.nii.gz", voxels(c))
+    (found,) = find_images([str(tmp_path)], 2)
+    assert found.name == "a" and [f[-11:-7] for f in found.files] == ["0000", "0001"]
+    with pytest.raises(ValueError, match=r"Image a: expected 3 files a_0000, \.\.\., as the network has 3 channel"):
+        find_images([str(tmp_path)], 3)
+    with pytest.raises(ValueError, match="expected an image or a folder of images, found neither"):
+        find_images([str(tmp_path / "none")], 1)
+
+
+def test_a_checkpoint_that_does_not_say_how_images_are_preprocessed(weights, tmp_path):
+    content = torch.load(weights, weights_only=False)
+    content["init_args"]["plans"]["configurations"]["3d_fullres"].pop("normalization_schemes")
+    torch.save(content, tmp_path / "less.pth")
+    with pytest.raises(ValueError):
+        load_frozen(tmp_path / "less.pth")
+
+
+def test_a_grid_and_a_map_agree_where_every_voxel_is_a_cell():
+    m = DenseMap(torch.randn(2, 4, 6, 5), (1, 1, 1), (0.0, 0.0, 0.0), (4, 6, 5))
+    torch.testing.assert_close(on_grid([m], (4, 6, 5), exactly=True), m.values, atol=1e-5, rtol=1e-5)
