@@ -24,7 +24,7 @@ from nnunetv2_cva.transfer.target import Target
 from nnunetv2_cva.transfer.weights import save_whole, to_safetensors
 
 CURVES = "progress.png"  # beside the checkpoint
-_HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0")
+_HUB_LICENCES: tuple[str, ...] = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0")
 _HUB_LICENCES += ("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0")
 
 

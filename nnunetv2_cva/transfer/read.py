@@ -22,6 +22,7 @@ from nnunetv2_cva.transfer.names import called, nnunet_names
 from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 
+NNSSL = "nnssl checkpoint"
 AGAIN = "as when this file was exported: "
 
 
@@ -208,7 +209,7 @@ def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, 
         )
     return Source(
         path=path,
-        kind="nnssl checkpoint",
+        kind=NNSSL,
         branch=branch,
         weights=weights,
         layout=_with_strides(layout, strides),
