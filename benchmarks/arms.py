@@ -72,12 +72,7 @@ EXPERIMENTS = {
         labels=(4,),
         protocol=STOCK,
     ),
-    "quick": Experiment(
-        "Fine-tuned with AdamW: less scatter, the same order as with SGD.",
-        MAIN,
-        labels=(4,),
-        protocol=QUICK,
-    ),
+    "quick": Experiment("Fine-tuned with AdamW: less scatter, the same order as with SGD.", MAIN, labels=(4,), protocol=QUICK),
     "quick, one label": Experiment("As with four labels, lower.", MAIN, labels=(1,), protocol=QUICK),
     "objectives": Experiment(
         "C-CVA near the independent views; misaligned as good as exact shared views, since both learn places.",
