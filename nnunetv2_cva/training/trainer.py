@@ -183,6 +183,9 @@ class CVATrainer(nnUNetTrainer):
         has_teacher = self.teacher is not None
         for line in messages.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
             self.print_to_log_file(line)
+        if self.is_ddp:
+            shares = ", ".join(map(str, self.data.share.per_rank))
+            self.print_to_log_file(f"Cases of a step on each of {dist.get_world_size()} processes: {shares}.")
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
