@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunetv2_cva.transfer.card import entry, plain
 from nnunetv2_cva.transfer.licence import NOT_STATED
-from nnunetv2_cva.transfer.read import NNSSL, read
+from nnunetv2_cva.transfer.read import read
 
 # What has a line of its own, is said elsewhere, or is long: the plans, and the family of the network.
 _SAID = {"trainer", "configuration", "spacing", "normalization_schemes", "view_size", "epochs", "metrics", "config", "branch"}
@@ -49,7 +49,7 @@ def describe(file: str, trust: bool = False) -> Description:
         ("channels", data.get("channel_names")),
         ("plans", plans.get("plans_name")),
         ("configuration", card.get("configuration")),
-        ("spacing", card.get("spacing") or ("not resampled" if "spacing" in card and source.kind == NNSSL else None)),
+        ("spacing", card.get("spacing") or ("not resampled" if "spacing" in card and plans else None)),
         ("normalisation", card.get("normalization_schemes")),
         ("view size", card.get("view_size")),
         ("epochs", card.get("epochs")),
