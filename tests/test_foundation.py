@@ -107,6 +107,7 @@ def test_plans_with_the_network_of_a_file_pretrain_and_fine_tune(tmp_path, monke
     assert call("info", file) == 0
     said = capsys.readouterr().out
     assert "spacing        not resampled" in said and "Primus V1, 1 input channel, width 132, depth 3" in said
+    assert "decoder        none in the file" in said
     assert load_network(file).taps[0].channels == 132
 
     make_project(tmp_path, monkeypatch, view=VIEW)
