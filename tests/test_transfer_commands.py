@@ -196,11 +196,6 @@ def test_targets_that_do_not_exist(tmp_path, there, capsys, arguments, expected)
     [
         ("dataset.json", "{}", r"dataset\.json states no labels"),
         ("dataset.json", '{"labels": {"background": 0}}', r"dataset\.json states no channel_names"),
-        (
-            "dataset.json",
-            '{"labels": {"background": 0}, "channel_names": {"T1": "a", "T2": "b"}}',
-            "counted from 0.*found T1, T2",
-        ),
         ("dataset.json", '{"labels": {"background": []}, "channel_names": {"0": "a"}}', "nnU-Net cannot read dataset.json"),
         ("dataset.json", "{broken", r"dataset\.json, line 1: expected JSON"),
         ("nnUNetPlans.json", "{}", "states no dataset_name: it is not a plans file"),
