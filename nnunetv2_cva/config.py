@@ -185,6 +185,13 @@ class CVAConfig(Settings):
     )
     prefetch: int = _machine(2, "steps that each worker prepares ahead", POSITIVE_INTEGER)
     checkpoint_minutes: float = _machine(15.0, "time between checkpoints, as far as epochs end", POSITIVE)
+    stop_after_minutes: float | None = _machine(
+        None,
+        "save and end with code 75 when this time is over, as on SIGTERM; null: no limit",
+        Range("null or a positive number", lambda v: v is None or v > 0),
+    )
+    set_aside: bool = _machine(False, "a run that lies where a new one would be written is moved aside, instead of refusing")
+    other_cases: bool = _machine(False, "continue although the training cases are not those that the run began with")
     watched_cases: int = _run(8, 'cases kept back when fold is "all", whose pairs show how training goes', POSITIVE_INTEGER)
     check_seconds: float = _machine(
         60.0, "how long voxels are checked for NaN/Inf before training; the rest when they are read", NOT_NEGATIVE

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.foreign import Tower, TowerBackbone, TowerTrainer, nnUNetTrainerCVA_Tower
 from helpers.networks import primus, unet
+from helpers.projects import make_project, make_trainer, train
 from helpers.targets import call, planned, randomised, target
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
@@ -100,6 +102,18 @@ def test_the_laws_of_a_backbone(backbone):
     averaged = {id(p) for m in backbone.family.modules(backbone.network).values() for p in m.parameters()}
     named = dict(backbone.network.named_parameters())
     assert {k for k, p in named.items() if id(p) in averaged} == {k for k in named if roles[k] == "encoder"}
+
+
+def test_the_trainer_trains_and_resumes_it(tmp_path, monkeypatch):
+    make_project(tmp_path, monkeypatch)
+    trainer = train(nnUNetTrainerCVA_Tower)
+    assert isinstance(trainer.student.backbone, TowerBackbone) and trainer.network is trainer.student.backbone.network
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    assert read(file).layout.family == TowerBackbone.family
+    again = make_trainer(nnUNetTrainerCVA_Tower, resume=True)
+    assert all(torch.equal(v, again.network.state_dict()[k]) for k, v in trainer.network.state_dict().items())
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    assert "-tr TowerTrainer -pretrained_weights" in log
 
 
 def test_it_is_checked_and_exported_with_its_parts(trained, known, tmp_path, monkeypatch, capsys):

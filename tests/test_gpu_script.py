@@ -1,5 +1,6 @@
 """``benchmarks/gpu.py``: what was measured stays, what was cut off is tried again, and nothing is left running."""
 
+import fcntl
 import importlib
 import os
 import sys
@@ -106,6 +107,13 @@ def test_what_does_not_fit_is_not_begun(gpu, tmp_path, monkeypatch, capsys):
     gpu.measure(tmp_path / "out", "cpu", 0.5, [])
     assert "quick: not begun, 30 s are left and it needs 100" in capsys.readouterr().out
     assert states(gpu, tmp_path / "out") == {}
+
+
+def test_two_calls_at_once_are_refused(gpu, tmp_path):
+    with open(tmp_path / "gpu.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="Another call is measuring"):
+            gpu.measure(tmp_path, "cpu", 1.0, [])
 
 
 def test_results_of_another_device_are_not_mixed(gpu, tmp_path):

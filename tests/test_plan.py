@@ -29,6 +29,7 @@ from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets import fingerprint, nnunet_plans, view_size
 from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
+from nnunetv2_cva.datasets.next_steps import device
 from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.views.index import read_index
 
@@ -275,9 +276,9 @@ def test_a_primus_is_fine_tuned_with_weights_made_for_the_target(targets, capsys
     first = capsys.readouterr().out
     folder = "nnUNetTrainerCVA_PrimusM__nnUNetPlansCVA__3d_fullres_cva"
     how = f"-d 4 -c 3d_fullres -p nnUNetPlansCVA -tr {trainer} -o weights_for_4.pth"
-    checkpoint = f"$nnUNet_results/Dataset500_Images/{folder}/fold_all/checkpoint_final.pth"
+    checkpoint = f'"$nnUNet_results/Dataset500_Images/{folder}/fold_all/checkpoint_final.pth"'
     assert f"nnUNetv2_cva export {checkpoint} {how}\n" in first
-    train = f"nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlansCVA -tr {trainer} -pretrained_weights weights_for_4.pth\n"
+    train = f"nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlansCVA -tr {trainer} -pretrained_weights weights_for_4.pth{device()}\n"
     assert train in first and "-tr nnUNetTrainerCVA_PrimusM -p" in first
     assert call("-d", 500, "--keep-plans", "--target", 5) == 0  # which preset it was is remembered
     later = capsys.readouterr().out
@@ -335,7 +336,7 @@ def test_for_one_target_its_own_plans_are_used_and_left_alone(targets, capsys):
     assert ours["foreground_intensity_properties_per_channel"] == {"0": {"mean": 7.0}}
     assert encoder_shapes(ours) == encoder_shapes(theirs, classes=2)
     out = capsys.readouterr().out
-    assert "nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans -pretrained_weights $nnUNet_results/Dataset500_Images/" in out
+    assert 'nnUNetv2_train 4 3d_fullres 0 -p nnUNetPlans -pretrained_weights "$nnUNet_results/Dataset500_Images/' in out
 
 
 def fine_tunes_from(source, plans, preprocessed, folder):
@@ -377,7 +378,8 @@ def test_a_preset_is_written_into_all_targets_and_kept_plans_into_later_ones(tar
     before = everything(preprocessed / "Dataset500_Images")
     assert call("-d", 500, "--target", 5, "--keep-plans") == 0
     after = everything(preprocessed / "Dataset500_Images")
-    assert {path for path in after if after[path] != before[path]} == {str(preprocessed / "Dataset500_Images" / INSPECTION)}
+    changed = {Path(path).name for path in after if after[path] != before[path]}
+    assert changed == {INSPECTION, "cva_written.json"}  # what was looked at, and the target
     assert encoder_shapes(planned(preprocessed, "Dataset005_Second")) == encoder_shapes(source)
     planned_before = everything(preprocessed / "Dataset004_First")
     assert call("-d", 500, "--target", 4, "--preset", "resencl_96") == 2
@@ -393,8 +395,10 @@ def test_other_numbers_of_channels_are_pointed_out(targets, capsys):
     assert call("-d", 500, "--target", 6) == 0
     weights = "$nnUNet_results/Dataset500_Images/nnUNetTrainerCVA__nnUNetPlansCVA__3d_fullres_cva/fold_all/checkpoint_final.pth"
     assert (
-        f"for Dataset006_Two:\n  nnUNetv2_cva export {weights} -d 6 -c 3d_fullres -p nnUNetPlans -o weights_for_6.pth\n"
-        "  nnUNetv2_train 6 3d_fullres 0 -p nnUNetPlans -pretrained_weights weights_for_6.pth\n"
+        f"for Dataset006_Two:\n  nnUNetv2_preprocess -d 6 -plans_name nnUNetPlans -c 3d_fullres\n"
+        f'  nnUNetv2_cva export "{weights}"'
+        f" -d 6 -c 3d_fullres -p nnUNetPlans -o weights_for_6.pth\n"
+        f"  nnUNetv2_train 6 3d_fullres 0 -p nnUNetPlans -pretrained_weights weights_for_6.pth{device()}\n"
     ) in capsys.readouterr().out
     assert PlansManager(planned(preprocessed)).get_configuration("3d_fullres").normalization_schemes == ["ZScoreNormalization"]
 
@@ -510,7 +514,7 @@ def test_what_is_held_out_after_preprocessing_is_not_trained_on(pile, capsys):
         (("-d", 500, "--preset", "tiny", "--batch-size", 0), "--batch-size 0: expected 1 to 7"),
         (("-d", 500, "--preset", "tiny", "--batch-size", -1), "--batch-size -1: expected 1 to 7"),
         (("-d", 500, "--preset", "tiny", "--batch-size", 8), "--batch-size 8: expected 1 to 7"),
-        (("-d", "Dataset004_Other", "--images", 5), "the id 4 is that of Dataset004_First"),
+        (("-d", "Dataset004_Other", "--images", 5), "the id 4 with that of Dataset004_First"),
         (("-d", 500, "--preset", "tiny", "--modality", "T1", "T2"), r"--modality T1 T2: expected 1 name"),
         (("-d", 500, "--keep-plans"), "name them with --target"),
         (("-d", 500, "--images", "/nowhere"), "no such folder"),
@@ -636,18 +640,27 @@ def test_memory_follows_nnunets_rule(kind, reference):
 # ---- statistics and splits
 
 
+def described_by(voxels):
+    return {"quantiles": np.quantile(voxels, QUANTILES).tolist()}
+
+
+@pytest.mark.parametrize("outlier", [1e6, 1e30, -1e30])
+def test_one_voxel_moves_no_statistics_that_images_are_normalised_with(outlier):
+    rng = np.random.default_rng(0)
+    healthy = [rng.normal(100, 200, 20000) for _ in range(5)]
+    spoilt = [np.append(healthy[0], outlier), *healthy[1:]]
+    before, after = (fingerprint.pooled([described_by(x) for x in cases]) for cases in (healthy, spoilt))
+    for name in ("mean", "std", "median", "percentile_00_5", "percentile_99_5"):
+        assert np.isclose(before[name], after[name], rtol=0.01, atol=1), name
+
+
 def test_pooled_statistics_are_those_of_equally_many_voxels_of_every_case():
     rng = np.random.default_rng(0)
     samples = [rng.normal(m, s, 20000) for m, s in ((0, 10), (300, 50), (310, 5))]
-    cases = [{"quantiles": np.quantile(x, QUANTILES).tolist(), "mean": x.mean(), "std": x.std()} for x in samples]
-    found, everything = fingerprint.pooled(cases), np.concatenate(samples)
-    for name, value in (
-        ("mean", everything.mean()),
-        ("std", everything.std()),
-        ("min", everything.min()),
-        ("max", everything.max()),
-    ):
-        assert np.isclose(found[name], value), name
+    found, everything = fingerprint.pooled([described_by(x) for x in samples]), np.concatenate(samples)
+    assert np.isclose(found["min"], everything.min()) and np.isclose(found["max"], everything.max())
+    clipped = np.clip(everything, *np.quantile(everything, (0.005, 0.995)))
+    assert np.isclose(found["mean"], clipped.mean(), rtol=0.01) and np.isclose(found["std"], clipped.std(), rtol=0.01)
     for name, level in (("percentile_00_5", 0.005), ("median", 0.5), ("percentile_99_5", 0.995)):
         assert abs(np.mean(everything <= found[name]) - level) < 0.002, name
 
@@ -663,7 +676,7 @@ def test_splits_are_by_subject():
     assert sorted(k for fold in splits for k in fold["val"]) == sorted(subject)
 
 
-@pytest.mark.parametrize(("subjects", "folds"), [(1, 1), (2, 2), (4, 4), (5, 5)])
+@pytest.mark.parametrize(("subjects", "folds"), [(1, 0), (2, 2), (4, 4), (5, 5)])
 def test_few_subjects_give_few_folds(subjects, folds):
     assert len(fingerprint.splits([(f"c{i}", f"s{i % subjects}") for i in range(10)])) == folds
 

@@ -334,7 +334,7 @@ def test_a_pretraining_starts_from_any_file(tmp_path):
     pretraining(tmp_path / "c.pth", target("primus"))
     there = target("primus", channels=2, view=(32, 24, 32))
     network = there.build()
-    lines = start_from(str(tmp_path / "c.pth"), network, there.view)
+    lines = start_from(str(tmp_path / "c.pth"), network, there.view).lines
     assert lines[0].endswith("(pretraining checkpoint):") and any("Encoder: 100.0%" in line for line in lines)
     assert torch.equal(network.eva.blocks[1].mlp.fc2.weight, read(tmp_path / "c.pth").weights["eva.blocks.1.mlp.fc2.weight"])
 

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.ndimage import zoom
 
+from nnunetv2_cva.files import written_whole
+
 TILE = 160  # pixels per slice
 COLUMNS = 4
 SHARED = "#ffb000"
@@ -38,7 +40,8 @@ def contact_sheet(cases: Sequence[Sheet], path: Path) -> None:
         axes.set_title(case.title, fontsize=6, color="white", pad=2)
         axes.axis("off")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
 
 
 def three_slices(image: Any, spacing: Sequence[float]) -> np.ndarray:
@@ -96,7 +99,8 @@ def view_pairs(pairs: Sequence[ShownPair], path: Path) -> None:
             axes.set_title(f"{pair.title}\n{heading}" if column == 0 else heading, fontsize=7, color="white", loc="left", pad=3)
             axes.axis("off")
     figure.tight_layout(pad=0.5)
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
 
 
 def _middle(roi: np.ndarray, planes: int) -> int:

@@ -15,11 +15,11 @@ from nnunetv2_cva.datasets.findings import Finding, dwarfed
 from nnunetv2_cva.datasets.gathering import Gathering, Images, sources_for
 from nnunetv2_cva.datasets.inventory import CASES, REJECTED, Inventory, read_accepted, reject
 from nnunetv2_cva.datasets.leakage import by_name, comparing_voxels, left_out
-from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, next_steps
+from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, fine_tuning_steps, pretraining_steps
 from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.reading import MIN_AXIS
 from nnunetv2_cva.datasets.targets import FineTuned, check_fixed_plans, fixed_plans, load_target, write_fixed_plans
-from nnunetv2_cva.datasets.user_changes import Recipe, recipe_of, replaced, save_plans, save_splits
+from nnunetv2_cva.datasets.user_changes import Recipe, replaced, save_plans, save_splits, save_targets
 from nnunetv2_cva.datasets.view_size import add_configuration
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.nnunet import PREPROCESSED, PRETRAINING, RAW, dataset_id, datasets, find_dataset, is_dataset_name
@@ -99,9 +99,13 @@ def dataset_for(given: str) -> str:
     """
     if is_dataset_name(given):
         number = dataset_id(given)
-        known = [name for name in datasets() if dataset_id(name) == number]
-        if known and given not in known:  # nnU-Net would find neither of them by its id any more
-            raise ValueError(f"`dataset={given}`: the id {number} is that of {', '.join(known)}. Choose another one.")
+        there = datasets()
+        # nnU-Net looks for folders that begin with Dataset123, which Dataset1234_Big also does: it would find neither any more.
+        clash = [n for n in there if n.startswith(f"Dataset{number:03d}") or given.startswith(f"Dataset{dataset_id(n):03d}")]
+        if clash and given not in there:
+            raise ValueError(
+                f"`dataset={given}`: nnU-Net would confuse the id {number} with that of {', '.join(clash)}. Choose another one."
+            )
         return given
     try:
         return find_dataset(given)
@@ -185,22 +189,22 @@ class _Planning:
         add_configuration(plans, r.configuration, self._shapes(plans, images), ours, recipe, r.view, r.batch_size, self.say)
         fixed = self._checked_for(to_write, plans)
         self._save(plans, images, recipe)
-        return self._finished(plans, recipe, bool(images.entries), fixed)
+        return self._finished(plans, fixed)
 
     def _keep(self) -> Planned:
         """The plans that are there, for other targets."""
         plans = read_plans(self.folder, self.request.plans)
         fixed = self._checked_for(self.targets, plans)
         self._warn_of_kept(plans)
-        return self._finished(plans, recipe_of(self.folder, self.request.plans), not (self.folder / CASES).is_file(), fixed)
+        return self._finished(plans, fixed)
 
-    def _finished(
-        self, plans: dict[str, Any], recipe: Recipe, adopted: bool, fixed: list[tuple[FineTuned, dict[str, Any]]]
-    ) -> Planned:
+    def _finished(self, plans: dict[str, Any], fixed: list[tuple[FineTuned, dict[str, Any]]]) -> Planned:
         self._write_into(fixed)
-        written, r = [target for target, _ in fixed], self.request
-        steps = next_steps(plans, r.configuration, recipe, adopted, self.targets, written, r.target_plans)
-        return Planned(plans, tuple(self.said), tuple(steps))
+        r, written = self.request, {target.name for target, _ in fixed}
+        theirs = {t.name: r.plans if t.name in written else r.target_plans for t in self.targets}
+        save_targets(self.folder, r.plans, theirs, keep=r.keep_plans)
+        where = (self.folder, r.plans, r.configuration + PRETRAINING)
+        return Planned(plans, tuple(self.said), (*pretraining_steps(*where), *fine_tuning_steps(*where)))
 
     # ---- which plans
 

@@ -24,7 +24,7 @@ from nnunetv2_cva.datasets.findings import Finding, content_hash
 from nnunetv2_cva.datasets.formats import Unusable, one_line
 from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.reading import MIN_AXIS, read_images
-from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.files import write_text, written_whole
 from nnunetv2_cva.sizes import by
 
 
@@ -92,7 +92,7 @@ def _killed(job: Job) -> None:
 
 def _note_failure(job: Job, reason: str) -> None:
     with writable(job.to.folder):
-        job.failed.write_text(reason, encoding="utf-8")
+        write_text(job.failed, reason)
 
 
 def _without_mask_resampling(to: Destination) -> ConfigurationManager:

@@ -108,7 +108,9 @@ def candidates(sources: Sources, own: str, known: dict[tuple[str, ...], str]) ->
         for file in found:
             files.setdefault(file.path, file)
     groups = _stacked(files.values()) if sources.channels == "stack" else [[f] for f in files.values()]
-    return Found(tuple(_named(groups, sources.channels == "split", known)), dict(unread), tuple(remarks))
+    return Found(
+        tuple(_named(groups, sources.channels == "split", known)), {kind: n for kind, n in unread.items() if n}, tuple(remarks)
+    )
 
 
 def _listed(unread: Counter[str]) -> str:

@@ -1,14 +1,15 @@
 """What ``plan`` and ``preprocess`` have written into files that the user may change, so that such changes are recognised.
 
 ``cva_written.json``: ``"splits"``, a hash of the ``splits_final.json`` that was written; ``"plans"``, by the name of a plans
-file, the ``"cva"`` block of every configuration that was planned, and for which recipe and trainer of nnU-Net's.
+file, the ``"cva"`` block of every configuration that was planned, for which recipe and trainer of nnU-Net's, and for which
+targets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,24 @@ def save_plans(plans: dict[str, Any], folder: Path, recipe: Recipe) -> dict[str,
         kept.update({k: merged.get(k) for k, v in own.items() if v != block.get(k, GONE)})
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {**plans, "configurations": configurations})
-    notes["plans"][name] = {"name": recipe.name, "trainer": recipe.trainer, "cva": {**earlier, **planned}}
+    of_these = {"name": recipe.name, "trainer": recipe.trainer, "cva": {**earlier, **planned}}
+    notes["plans"][name] = {**notes["plans"].get(name, {}), **of_these}
     write_json(folder / WRITTEN, notes)
     return kept
+
+
+def save_targets(folder: Path, plans_name: str, targets: Mapping[str, str], keep: bool) -> None:
+    """Note the datasets that these plans are for, with the names of their own plans; ``keep``: beside those noted before."""
+    notes = _notes(folder)
+    of_these = notes["plans"].setdefault(plans_name, {})
+    of_these["targets"] = {**(of_these.get("targets", {}) if keep else {}), **targets}
+    write_json(folder / WRITTEN, notes)
+
+
+def targets_of(folder: Path, plans_name: str) -> list[tuple[str, str]]:
+    """(dataset, its plans) of every target that was named when these plans were made, or later."""
+    found: dict[str, str] = _notes(folder)["plans"].get(plans_name, {}).get("targets", {})
+    return list(found.items())
 
 
 def _changes(found: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class UNetBackbone(nn.Module):
     def _freeze_unread(self) -> None:
         decoder = self.network.decoder
         decoder.deep_supervision = False
-        unread = list(decoder.seg_layers[:-1]) if self.reconstructs else [decoder.stages, decoder.transpconvs, decoder.seg_layers]
+        whole = [module for name, module in decoder.named_children() if name != "encoder"]  # which the decoder holds, too
+        unread = list(decoder.seg_layers[:-1]) if self.reconstructs else whole
         for module in unread:
             module.requires_grad_(False)

@@ -72,6 +72,26 @@ def short_for_sgd(config: CVAConfig) -> str:
     )
 
 
+def out_of_memory(error: BaseException, config: CVAConfig) -> str:
+    """What to change when a step does not fit into the device, with what it needed."""
+    gigabytes = 2**30
+    needed = ""
+    if torch.cuda.is_available():
+        used, there = (
+            torch.cuda.max_memory_allocated(),
+            torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+        )
+        needed = f" It held {used / gigabytes:.1f} GB when more was asked for; the device has {there / gigabytes:.1f} GB."
+    return f"A step does not fit into the memory of the device.{needed} Set {less_memory(config)}. ({str(error).splitlines()[0]})"
+
+
+def less_memory(config: CVAConfig) -> str:
+    """What to set next for a step that takes less."""
+    sizes = "a smaller batch_size or patch_size of the configuration"
+    more = {False: '"selective", then true', "selective": "true"}.get(config.gradient_checkpointing)
+    return sizes if more is None else f'gradient_checkpointing {more} in "cva", or {sizes}'
+
+
 def metrics(record: dict[str, Any]) -> list[str]:
     """Names of an epoch's metrics, losses first."""
     losses = [k for k in record if is_loss(k)]

@@ -41,6 +41,7 @@ METRICS = {
         Metric("watched_loss", "total loss of the watched cases, where no views are compared", "lower", LOSSES),
         Metric("overlap", "real overlap of the views", "", SHARES),
         Metric("learning_rate", "of this epoch", "", RATE),
+        Metric("skipped", "steps left out because their loss or gradient was not finite", "lower"),
         Metric("data_wait", "share of the time spent waiting for data", "lower", SHARES),
         Metric("alignment", "mean cosine of corresponding bins, in what the losses compare", "higher", AGREEMENT),
         Metric("retrieval", "how often the most similar bin of the other view is the corresponding one", "higher", AGREEMENT),
@@ -108,8 +109,8 @@ def collapse_metrics(features: Tensor) -> dict[str, float]:
 
     ``spread``: standard deviation of the L2-normalised features, times sqrt(D): 0 when all are the same, up to 1.
     ``effective_rank``: exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli, 2007);
-    1 when all lie on a line, at most min(M, D). Directions of less than 1e-5 of the features' whole length are rounding and do
-    not count: features that are all the same have rank 1, whatever noise is on them.
+    1 when all lie on a line, at most min(M, D). Directions of less than 1e-5 of the features' whole length are rounding
+    and do not count: features that are all the same have rank 1, whatever noise is on them.
     """
     rows = features.float()
     spread = normalize(rows, dim=-1).std(0).mean() * rows.shape[1] ** 0.5

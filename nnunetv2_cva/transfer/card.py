@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunetv2_cva import __version__, nnunet
 from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.transfer.licence import chosen, terms
 
 CITATIONS = {
     "Consistent View Alignment": "Vaish, P., et al. (2025). Consistent View Alignment Improves Foundation Models for 3D Medical "
@@ -85,7 +86,33 @@ def from_training(
         "reference": data.get("reference"),
     }
     card["licence"] = data.get("licence") or data.get("license")
+    started = entry(ours, "started_from")
+    if started:  # what is made of weights inherits their terms, whatever the images are under
+        card["started_from"] = started
+        inherited = started.get("licence")
+        if isinstance(inherited, str) and (card["licence"] is None or terms(inherited) - terms(str(card["licence"]))):
+            card["licence"] = inherited
+        card["citations"] = _cited(card, started.get("citations"))
     return plain(card)
+
+
+def inheritance(card: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What a training that starts from the weights of ``card`` has to remember of them."""
+    kept = {k: card.get(k) for k in ("licence", "published", "trainer", "started_from") if card.get(k)}
+    cited = _cited(card, None)
+    return plain({"file": file, "dataset": entry(card, "dataset").get("name"), **kept, **({"citations": cited} if cited else {})})
+
+
+def _cited(card: Mapping[str, Any], more: Any) -> list[dict[str, Any]]:
+    """The citations of a card, its dataset's reference among them, and ``more``; each once."""
+    data, found = entry(card, "dataset"), card.get("citations")
+    known = list(found) if isinstance(found, list) else []
+    if data.get("reference"):
+        known.append({"type": "Dataset", "name": data.get("name"), "apa_citations": [data["reference"]]})
+    for citation in more if isinstance(more, list) else []:
+        if citation not in known:
+            known.append(citation)
+    return known
 
 
 def from_nnssl(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,20 +142,17 @@ def completed(card: Mapping[str, Any], family: Family, branch: str, file: Path, 
     methods = ["nnU-Net"]
     if card.get("config") is not None:
         methods.insert(0, "Consistent View Alignment")
-    methods += [family.citation] if family.citation else []
-    known: list[dict[str, Any]] = [
-        {"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods if m in CITATIONS
-    ]
-    data = entry(card, "dataset")
-    if data.get("reference"):
-        known.append({"type": "Dataset", "name": data.get("name"), "apa_citations": [data["reference"]]})
+    methods += [family.citation] if family.citation in CITATIONS else []
+    known: list[dict[str, Any]] = [{"type": "Method", "name": m, "apa_citations": [CITATIONS[m]]} for m in methods]
+    stated = card.get("citations") if card.get("config") is None else None
+    found = stated or _cited({"citations": known, "dataset": card.get("dataset")}, card.get("citations"))
     return plain(
         {
             **card,
             "branch": branch,
             "file": file.name,
-            "licence": licence or card.get("licence") or "not stated",
-            "citations": card.get("citations") or known,
+            "licence": chosen(licence, card.get("licence"), file),
+            "citations": found,
             "exported_with": f"nnunetv2_cva {__version__}",
         }
     )

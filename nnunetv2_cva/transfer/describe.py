@@ -47,6 +47,8 @@ def describe(file: str, trust: bool = False) -> Description:
         ("version", card.get("version")),
         ("exported with", card.get("exported_with")),
         ("licence", card.get("licence") or "not stated"),
+        ("published", card.get("published")),
+        ("started from", _text({k: v for k, v in entry(card, "started_from").items() if k != "citations"}) or None),
     ]
     citations = card.get("citations")
     facts += [("cite", _citation(c)) for c in (citations if isinstance(citations, list) else [])]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match, stock_obstacle
+from nnunetv2_cva.transfer.licence import chosen, reminders
 from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
 from nnunetv2_cva.transfer.plans import same_plans, write_plans
 from nnunetv2_cva.transfer.read import Source, read
@@ -95,7 +96,8 @@ def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
     source = _source(weights, output)
     target = own_target(source)
     network, transfer = filled_with_itself(source, target, weights.decoder)
-    lines = (*_header(source, "Network", target), *table(transfer))
+    reminded = (f"Warning: {line}." for line in reminders(source.card.get("licence")))
+    lines = (*_header(source, "Network", target), *table(transfer), *reminded)
     plan = adaptation_plan(network, target, transfer.target.channels)
     if not output.dry_run:
         write_for_nnssl(output.file, network, transfer, target, output.licence)
@@ -117,6 +119,7 @@ def export_plans(weights: Weights, place: Place, output: Output) -> Outcome:
 def _source(weights: Weights, output: Output | None) -> Source:
     source = read(weights.file, weights.branch, weights.trust)
     if output is not None:
+        chosen(output.licence, source.card.get("licence"), source.path)
         check_writable(output.file, source.path)  # before the target, whose trainer is looked up for 10 s
     return source
 
@@ -134,6 +137,6 @@ def _matched(
     network = target.build()
     transfer = match(source, network, target.view, weights.decoder, place.source_view, target.images)
     advice = same_plans(transfer, target)
-    warnings = data_warnings(source.card, target.settings, target.dataset_json)
+    warnings = [*data_warnings(source.card, target.settings, target.dataset_json), *reminders(source.card.get("licence"))]
     lines = [*_header(source, "Target", target), *table(transfer), *([f"Note: {advice}."] if advice else [])]
     return source, target, network, transfer, (*lines, *(f"Warning: {w}." for w in warnings)), advice

@@ -16,6 +16,7 @@ from nnunetv2_cva.model.families import layout_of
 from nnunetv2_cva.model.family import UNKNOWN, Family, Layout, Names
 from nnunetv2_cva.transfer.architectures import RESENC_L_STRIDES
 from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
+from nnunetv2_cva.transfer.licence import NOT_STATED, known
 from nnunetv2_cva.transfer.names import called, nnunet_names
 from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
@@ -55,7 +56,7 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     Raises:
         ValueError: no checkpoint, unknown architecture, not finite, no such branch, or not to be opened without ``trust``.
     """
-    path = Path(path)
+    origin, path = str(path), Path(path)
     content = opened(path, trust)
     stored = _state_dict(content, path)
     check_tensors(stored, path)
@@ -78,9 +79,24 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     for key, value in weights.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: {key} holds NaN or Inf. The training that wrote it has diverged.")
-    known = _nnssl if entry(content, "nnssl_adaptation_plan") else _nnunet
-    source = known(path, branch, weights, layout, content)
-    return dataclasses.replace(source, obstacle=obstacle, notes=(*notes, *source.notes))
+    described = _nnssl if entry(content, "nnssl_adaptation_plan") else _nnunet
+    source = described(path, branch, weights, layout, content)
+    card = _with_licence(source.card, origin, path)
+    return dataclasses.replace(source, obstacle=obstacle, notes=(*notes, *source.notes), card=card)
+
+
+def _with_licence(card: dict[str, Any], origin: str, path: Path) -> dict[str, Any]:
+    """The card with what is known of a published file, where the file itself does not say it."""
+    found = known(origin, path, card)
+    if found is None:
+        return card
+    stated = card.get("citations")
+    cited = list(stated) if isinstance(stated, list) else []
+    own = {"type": "Weights", "name": found.name, "apa_citations": [found.citation]}
+    if found.citation and own not in cited:
+        cited.append(own)
+    licence = found.licence if card.get("licence") in (None, NOT_STATED) else card["licence"]
+    return {**card, "licence": licence, "citations": cited or None, "published": found.source or None}
 
 
 def _state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from torch import nn
 
 from nnunetv2_cva.transfer.adapt import fill, match
+from nnunetv2_cva.transfer.card import inheritance
+from nnunetv2_cva.transfer.licence import reminders
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import table
 from nnunetv2_cva.transfer.weights import NeedsOption
 
 
-def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> list[str]:
-    """Fill ``network``, built for ``view``, with the weights of ``path``; returns the table's lines.
+@dataclass(frozen=True)
+class Start:
+    """``lines``: the table. ``inherited``: licence, citations and origin of the weights, for the training to keep."""
+
+    lines: list[str]
+    inherited: dict[str, Any]
+
+
+def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> Start:
+    """Fill ``network``, built for ``view``, with the weights of ``path``.
 
     Raises:
         ValueError: the file cannot be read, is of another architecture, or fills too little of the encoder.
@@ -30,7 +44,10 @@ def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> list[str
     except ValueError as e:
         raise ValueError(f"init_from: {e}") from None
     fill(network, transfer)
-    return [f"Weights of {path} ({source.kind}):", *table(transfer)]
+    licence = [f"Licence: {source.card['licence']}, which the trained weights inherit."] if source.card.get("licence") else []
+    reminded = [f"WARNING: {line}." for line in reminders(source.card.get("licence"))]
+    lines = [f"Weights of {path} ({source.kind}):", *table(transfer), *licence, *reminded]
+    return Start(lines, inheritance(source.card, Path(path).name))
 
 
 _WAYS = {"trust": "trust the file", "source_view": "take a patch size for the file's", "allow_partial": "write it all the same"}

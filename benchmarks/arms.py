@@ -1,0 +1,132 @@
+"""What is compared in evidence.py: recipes, and experiments of them with what was expected before they ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from light import Protocol, Recipe
+
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_epochs": 2, "mask_block": 8}
+INDEPENDENT = {**ADAMW, "spatial": "independent"}
+MAE = {**ADAMW, "consistency_weight": 0.0, "contrastive_weight": 0.0}
+DEMO: dict[str, Any] = {"cases": 2, "images": 40, "view": (32, 40, 32)}
+SCRATCH = "scratch"
+RECIPES = {
+    "sgd": Recipe(),  # the default recipe as it is: blocks of 16, SGD 1e-2
+    "adamw": Recipe(ADAMW),
+    "independent": Recipe(INDEPENDENT),
+    "mae": Recipe(MAE),
+    "ccva": Recipe({**INDEPENDENT, "consistency": "nt_xent", "consistency_weight": 0.2, "contrastive_weight": 0.0}),
+    "misaligned": Recipe(ADAMW, misaligned=True),
+    # one factor each
+    "sgd block 8": Recipe({"mask_block": 8}),
+    "adamw block 16": Recipe({**ADAMW, "mask_block": 16}),
+    "adamw no contrast": Recipe({**ADAMW, "contrastive_weight": 0.0}),
+    "independent no contrast": Recipe({**INDEPENDENT, "contrastive_weight": 0.0}),
+    "adamw 3e-3": Recipe({**ADAMW, "learning_rate": 3e-3}),
+    "adamw 3e-4": Recipe({**ADAMW, "learning_rate": 3e-4}),
+    "sgd 1e-3": Recipe({"mask_block": 8, "learning_rate": 1e-3}),
+    "adamw 400": Recipe(ADAMW, iterations=400),
+    "adamw 40 images": Recipe(ADAMW, images=40),
+    "adamw 2 cases": Recipe(ADAMW, cases=2),
+    # the demo's: 40 images, 2 cases a step, views of 32x40x32
+    "demo": Recipe(ADAMW, iterations=400, **DEMO),
+    "demo 1200": Recipe(ADAMW, iterations=1200, **DEMO),
+    "demo block 16": Recipe({**ADAMW, "mask_block": 16}, iterations=400, **DEMO),
+    "demo independent": Recipe(INDEPENDENT, iterations=400, **DEMO),
+    "demo mae": Recipe(MAE, iterations=400, **DEMO),
+    "demo no contrast": Recipe({**ADAMW, "contrastive_weight": 0.0}, iterations=400, **DEMO),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """``expected``: written before the run."""
+
+    expected: str
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    splits: tuple[int, ...] = (0, 1, 2, 3, 4)
+    labels: tuple[int, ...] = (1, 4)
+    protocol: Protocol = field(default_factory=Protocol)
+    data: str = "hippocampus"
+    against: str | None = None  # the recipe that the others are compared with; None: scratch
+
+
+MAIN = (SCRATCH, "sgd", "adamw", "independent", "mae")
+STOCK = Protocol(iterations=500, deep_supervision=True)
+QUICK = Protocol(iterations=200, rate=1e-3, optimizer="adamw")
+EXPERIMENTS = {
+    "first": Experiment(
+        "SGD loses to scratch, AdamW gains 0.1 to 0.2, independent views about as much as shared, MAE half of it.",
+        MAIN,
+        labels=(4,),
+    ),
+    "one label": Experiment("As with four labels: in so few iterations they hardly matter.", MAIN, labels=(1,)),
+    "stock": Experiment(
+        "With twice the iterations and deep supervision everything gains less, AdamW still above scratch.",
+        MAIN,
+        splits=(0, 1, 2),
+        labels=(4,),
+        protocol=STOCK,
+    ),
+    "quick": Experiment("Fine-tuned with AdamW: less scatter, the same order as with SGD.", MAIN, labels=(4,), protocol=QUICK),
+    "quick, one label": Experiment("As with four labels, lower.", MAIN, labels=(1,), protocol=QUICK),
+    "objectives": Experiment(
+        "C-CVA near the independent views; misaligned as good as exact shared views, since both learn places.",
+        (SCRATCH, "adamw", "independent", "ccva", "misaligned", "mae"),
+        labels=(4,),
+    ),
+    "demo": Experiment(
+        "Pretrained is behind with deep supervision and ahead without; blocks of 16 and three times the length help.",
+        (SCRATCH, "demo", "demo block 16", "demo 1200"),
+        seeds=(0,),
+        splits=(0, 1, 2),
+        labels=(4,),
+        protocol=STOCK,
+        data="made up",
+    ),
+    "demo without deep supervision": Experiment(
+        "Ahead.", (SCRATCH, "demo"), seeds=(0,), splits=(0, 1, 2), labels=(4,), protocol=Protocol(500), data="made up"
+    ),
+    "demo, encoder": Experiment(
+        "Less behind than the whole network.",
+        (SCRATCH, "demo"),
+        seeds=(0,),
+        splits=(0, 1, 2),
+        labels=(4,),
+        protocol=Protocol(500, part="encoder", deep_supervision=True),
+        data="made up",
+    ),
+    "demo, quick": Experiment(
+        "Ahead when fine-tuned with AdamW.",
+        (SCRATCH, "demo", "demo block 16", "demo independent", "demo mae", "demo 1200"),
+        seeds=(0, 1, 2),
+        splits=(0, 1, 2),
+        labels=(4,),
+        protocol=QUICK,
+        data="made up",
+    ),
+    "factors": Experiment(
+        "Half of the iterations cost half of the gain; 40 images, 2 cases a step and blocks of 16 cost little.",
+        (SCRATCH, "adamw", "adamw 400", "adamw 40 images", "adamw 2 cases", "adamw block 16", "sgd block 8", "adamw no contrast"),
+        seeds=(0,),
+        labels=(4,),
+    ),
+}
+
+
+def items(experiment: Experiment, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """What has to be done, in an order in which every prefix is balanced over the recipes."""
+    how, data = asdict(experiment.protocol), {"data": experiment.data}
+    for seed in seeds:
+        for recipe in experiment.recipes:
+            if recipe != SCRATCH:
+                yield {"kind": "pretrain", **data, "recipe": recipe, "seed": seed}
+                yield {"kind": "nulls", **data, "recipe": recipe, "seed": seed}
+            for split in experiment.splits:
+                for labels in experiment.labels:
+                    arm = {"recipe": recipe, "seed": 0 if recipe == SCRATCH else seed}
+                    yield {"kind": "fine-tune", **data, **arm, "split": split, "labels": labels, **how}
