@@ -3,15 +3,18 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.projects import NAME, add_labels, make_project
 
 from nnunetv2_cva.commands.main import main
+from nnunetv2_cva.comparing import unseen
 from nnunetv2_cva.comparing.arms import named
 from nnunetv2_cva.comparing.design import Request
 from nnunetv2_cva.comparing.run import run
+from nnunetv2_cva.datasets.leakage import HeldOut
 from nnunetv2_cva.transfer.target import find_target
 
 LENGTH = {"iterations": 10, "points": 2, "device": "cpu"}
@@ -106,6 +109,32 @@ def test_a_pretraining_that_has_seen_test_cases_is_refused(here, tmp_path):
         start(request(here, tmp_path, weights=(str(here / "all.pth"),)))
     with pytest.raises(ValueError, match=r"fold_0.pth was pretrained on 2 of 2 test cases"):
         start(request(here, tmp_path / "other", fold=1))
+
+
+@pytest.mark.parametrize(("hit", "missing"), [((), 0), (("case_00",), 0), ((), 1)])
+def test_a_pretraining_that_was_planned_is_compared_by_voxels(here, tmp_path, monkeypatch, hit, missing):
+    """As ``plan`` lists its cases; which images are the same is tests/test_plan.py's."""
+    (tmp_path / "Dataset500_Images").mkdir()
+    (tmp_path / "Dataset500_Images" / "cases.csv").touch()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    monkeypatch.setattr(unseen, "read_accepted", lambda folder: [folder.name])
+    found = HeldOut("Dataset100_Tiny", 0, 2, hit, frozenset(), missing)
+    monkeypatch.setattr(unseen, "by_voxels", lambda target, accepted, *_: [found] if accepted == ["Dataset500_Images"] else [])
+    source = SimpleNamespace(card={"dataset": {"name": "Dataset500_Images"}}, path=Path("weights.pth"))
+    design = SimpleNamespace(dataset="Dataset100_Tiny", fold=0, test=("case_00", "case_01"))
+
+    def checked():
+        return unseen.check(source, None, design, 1, lambda *_: None)
+
+    if hit:
+        with pytest.raises(
+            ValueError, match=r"pretrained on 1 of 2 test cases \(case_00; voxel by voxel with the cases of Dataset500_I"
+        ):
+            checked()
+    elif missing:
+        assert "WARNING: could not check" in checked() and "1 of 2 of their images were not found" in checked()
+    else:
+        assert checked() == "No test case was pretrained on, voxel by voxel with the cases of Dataset500_Images."
 
 
 def test_what_cannot_be_checked_is_said(here, tmp_path):
