@@ -177,6 +177,13 @@ def test_files_are_called_by_what_tells_them_apart(tmp_path):
     assert named([str(files[0]), str(files[1])]) == ["CVA", "MAE"]
     assert named([str(f) for f in files[1:3]] + [str(files[3])])[2] == "open_mind"
     assert named([str(files[0])]) == ["checkpoint_final"]
+    results = [
+        tmp_path / recipe / "fold_0" / "checkpoint_final.pth" for recipe in ("nnUNetTrainerCVA__P__3d", "nnUNetTrainerX__P__3d")
+    ]
+    for file in results:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert named([str(f) for f in results]) == ["nnUNetTrainerCVA", "nnUNetTrainerX"]
     names = named([str(f) for f in files])
     assert len(set(names)) == 4 and all(Path(n).name == n for n in names)
     with pytest.raises(ValueError, match="`weights`: a file is given twice"):
