@@ -110,7 +110,7 @@ def _of_images(folder: Path, most: int, said: list[str]) -> list[Sheet]:
     def sheet(number: int) -> Sheet:
         f = found[number]
         try:
-            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files)[0], f.spacing))
+            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files).images, f.spacing))
         except ValueError as e:
             raise ValueError(f"{f.files[0]}: {e}") from None
 
