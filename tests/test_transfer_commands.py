@@ -326,6 +326,31 @@ def test_info_prints_what_any_file_states(tmp_path, there, capsys):
     assert '"plans_name": "nnUNetPlans"' in capsys.readouterr().out
 
 
+def test_info_holds_nothing_back(tmp_path, capsys):
+    """Every entry of the card in the text, and all of it as JSON; a grid that was not resampled says so."""
+    pretraining(tmp_path / "c.pth", target())
+    assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 0
+    content = torch.load(tmp_path / "n.pth", weights_only=True)
+    content["pretraining"]["of_a_later_version"] = {"scanner": "3 T"}
+    content["pretraining"]["spacing"] = None
+    content["pretraining"]["citations"] = [{"name": "X", "bibtex_citations": ["@article{x}"]}]
+    torch.save(content, tmp_path / "n.pth")
+    capsys.readouterr()
+    assert call("info", tmp_path / "n.pth") == 0
+    said = capsys.readouterr().out
+    assert (
+        "of a later version scanner 3 T" in said
+        and "spacing        not resampled" in said
+        and "cite           X: @article{x}" in said
+    )
+    assert call("info", tmp_path / "n.pth", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["card"]["of_a_later_version"] == {"scanner": "3 T"} and found["card"]["config"]["mask_block"] == 8
+    network = target().build()
+    trained = sum(p.numel() for n, p in network.named_parameters() if "seg_layers" not in n)
+    assert found["parameters"] == trained and found["kind"] == "nnssl checkpoint"
+
+
 # ---- init_from
 
 

@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         images = [preprocess(found, first) for found in find_images(args.images, first.channels)]
     points = _points(args.points, images[0]) if args.points and images else args.count
-    with Bar("Features of images") as bar:
-        bar.start(len(images) * len(networks))
-        found = look(images, networks, points, bar.tick)
+    with Bar() as bar:
+        found = look(images, networks, points, bar.counting("Features of images", len(images) * len(networks)))
     tables = [_errors(found, labels), _carried(pool, networks, labels, args.pairs)] if labels else []
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -137,9 +136,8 @@ def _carried(pool: list[Image], networks: dict[str, Frozen], labels: dict[str, i
 
     from nnunetv2_cva.seeing.propagation import means, one_shot
 
-    with Bar("Carrying labels") as bar:
-        bar.start(pairs)
-        found = one_shot(pool, networks, list(labels.values()), pairs, tick=bar.tick)
+    with Bar() as bar:
+        found = one_shot(pool, networks, list(labels.values()), pairs, tick=bar.counting("Carrying labels", pairs))
     rows = []
     for row, (mean, half) in means(found).items():
         each = np.array([c.dice for c in found if c.row == row])

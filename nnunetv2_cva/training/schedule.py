@@ -25,7 +25,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), on CUDA fused if configured."""
     trained = [p for p in parameters if p.requires_grad]
-    fused = config.fused_optimizer if device.type == "cuda" else None
+    fused = config.fused_optimizer if device.type in ("cuda", "cpu") else None  # fused ones can skip a step without waiting
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             trained,

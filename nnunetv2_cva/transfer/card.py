@@ -103,6 +103,14 @@ def inheritance(card: Mapping[str, Any], file: str) -> dict[str, Any]:
     return plain({"file": file, "dataset": entry(card, "dataset").get("name"), **kept, **({"citations": cited} if cited else {})})
 
 
+def _without_paths(config: Any) -> Any:
+    """Settings as others may see them: of a file that was started from its name, not where it lay."""
+    started = config.get("init_from") if isinstance(config, Mapping) else None
+    if not isinstance(started, str) or started.startswith("hf://"):
+        return config
+    return {**config, "init_from": Path(started).name}
+
+
 def _cited(card: Mapping[str, Any], more: Any) -> list[dict[str, Any]]:
     """The citations of a card, its dataset's reference among them, and ``more``; each once."""
     data, found = entry(card, "dataset"), card.get("citations")
@@ -151,6 +159,7 @@ def completed(card: Mapping[str, Any], family: Family, branch: str, file: Path, 
             **card,
             "branch": branch,
             "file": file.name,
+            "config": _without_paths(card.get("config")),
             "licence": chosen(licence, card.get("licence"), file),
             "citations": found,
             "exported_with": f"nnunetv2_cva {__version__}",
