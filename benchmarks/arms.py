@@ -68,7 +68,7 @@ EXPERIMENTS = {
     ),
     "one label": Experiment("As with four labels: in so few iterations they hardly matter.", MAIN, labels=(1,)),
     "stock": Experiment(
-        "With three times the iterations and deep supervision everything gains less; SGD behind, AdamW (independent) still above scratch.",
+        "With more iterations and deep supervision all gain less; SGD behind, independent still above scratch.",
         (SCRATCH, "sgd", "independent"),
         splits=(0, 1),
         labels=(4,),
