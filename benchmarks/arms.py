@@ -74,12 +74,7 @@ EXPERIMENTS = {
         labels=(4,),
         protocol=STOCK,
     ),
-    "quick": Experiment(
-        "Fine-tuned with AdamW: less scatter, the same order as with SGD.",
-        MAIN,
-        labels=(4,),
-        protocol=QUICK,
-    ),
+    "quick": Experiment("Fine-tuned with AdamW: less scatter, the same order as with SGD.", MAIN, labels=(4,), protocol=QUICK),
     "encoder": Experiment(
         "With a decoder that starts anew SGD is no longer behind, AdamW a little lower than whole.",
         (SCRATCH, "sgd", "adamw"),
