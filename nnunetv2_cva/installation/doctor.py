@@ -146,7 +146,7 @@ def check_torch(facts: dict[str, Any]) -> Iterator[Diagnosis]:
         yield Diagnosis("timm", f"does not import beside {versions} ({error})", 'pip install --upgrade "timm<1.0.23"')
     elif 91000 <= (facts.get("cudnn") or 0) < 91100:
         found = f"{versions}, with cuDNN {facts['cudnn']}: 9.10 is wrong or slow in bf16 convolutions of large 3D inputs"
-        yield Diagnosis("torch", found, 'pip install --upgrade "nvidia-cudnn-cu12>=9.15" (or a newer torch); until then precision fp16')
+        yield Diagnosis("torch", found, 'pip install --upgrade "nvidia-cudnn-cu12>=9.15", or a newer torch')
     else:
         yield Diagnosis("torch", versions)
 
