@@ -63,8 +63,8 @@ def _inside(found, axis, n, size):
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_a_map_of_nnunets_network_registers_with_its_image_to_a_tenth_of_a_voxel(kind):
-    """A network of averages sees, along a ramp, the coordinate of the cell; it continues what lies beyond a window as it is at the
-    window's edge, so that only what is declared and what is blended is tested."""
+    """A network of averages sees, along a ramp, the coordinate of the cell; beyond a window it
+    continues what is at the window's edge, so that only what is declared and what is blended is tested."""
     encoder = averaging(unet(kind, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=1)).encoder
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv3d):

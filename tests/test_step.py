@@ -109,7 +109,7 @@ def test_a_step_that_the_scaler_skips_moves_nobody():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_batch_that_is_not_finite_leaves_the_weights_and_the_optimizer_alone(optimizer, fused, first):
-    """Whether it comes first or later: what follows is as if it had not been there, but for the teacher, who goes on following."""
+    """Whether it comes first or later: what follows is as if it had not been there, but for the teacher."""
     still = {"learning_rate": 1e-3, "teacher_momentum": 1.0}
     config = dataclasses.replace(CONFIG, optimizer=optimizer, fused_optimizer=fused, **still)
     found = []

@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
     wanted = embedding.Wanted(args.level, Path(args.output), taps, args.format, args.overlap)
     settle(args)
     todo = embedding.missing(images[args.part :: args.parts], wanted, network)
-    with Bar("Embedding") as bar:
-        bar.start(len(todo))
+    with Bar() as bar:
+        tick = bar.counting("Embedding", len(todo))
         for found in todo:
             embedding.embed(found, network, wanted)
-            bar.tick()
+            tick()
     left = embedding.missing(images, wanted, network)
     if left:
         print(f"{len(left)} of {len(images)} images are still missing: those of the other parts.")

@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         images = [preprocess(found, first) for found in find_images(args.images, first.channels)]
     points = _points(args.points, images[0]) if args.points and images else args.count
-    with Bar("Features of images") as bar:
-        bar.start(len(images) * len(networks))
-        found = look(images, networks, points, bar.tick)
+    with Bar() as bar:
+        found = look(images, networks, points, bar.counting("Features of images", len(images) * len(networks)))
     tables = [_errors(found, labels), _carried(pool, networks, labels, args.pairs)] if labels else []
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -137,18 +136,23 @@ def _carried(pool: list[Image], networks: dict[str, Frozen], labels: dict[str, i
 
     from nnunetv2_cva.seeing.propagation import means, one_shot
 
-    with Bar("Carrying labels") as bar:
-        bar.start(pairs)
-        found = one_shot(pool, networks, list(labels.values()), pairs, tick=bar.tick)
+    with Bar() as bar:
+        found = one_shot(pool, networks, list(labels.values()), pairs, tick=bar.counting("Carrying labels", pairs))
     rows = []
     for row, (mean, half) in means(found).items():
         each = np.array([c.dice for c in found if c.row == row])
-        rows.append([row, f"{mean:.3f} ± {half:.3f}", *(f"{np.nanmean(d):.3f}" for d in each.T)])
+        rows.append([row, f"{mean:.3f} ± {half:.3f}", *(_mean(d) for d in each.T)])
     return (
         f"Labels of a random window carried to a random window of another case by nearest features, {pairs} pairs: Dice",
         ["by", "mean, 95 % interval", *labels],
         rows,
     )
+
+
+def _mean(values: np.ndarray) -> str:
+    """Of what is known; nothing where no window shows the label."""
+    known = values[values == values]
+    return f"{known.mean():.3f}" if len(known) else "-"
 
 
 def _print(title: str, header: list[str], rows: list[list[Any]]) -> None:

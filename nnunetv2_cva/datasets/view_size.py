@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import DEFAULT, CVAConfig
 from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
 from nnunetv2_cva.datasets.user_changes import Recipe
 from nnunetv2_cva.nnunet import PRETRAINING
@@ -44,7 +44,7 @@ def add_configuration(
         ValueError: a view or batch size that cannot be.
     """
     base, given = plans["configurations"][configuration], preset.get("cva", {})
-    config = CVAConfig().updated(given, "preset")
+    config = DEFAULT.updated(given, "preset")
     step = TOKEN if recipe.is_primus else strides(base["architecture"])
     chosen, found = _chosen_view(view, preset.get("patch_size"), shapes, base["patch_size"], step, config)
     batch = _chosen_batch(batch_size, preset.get("batch_size", PAPERS_BATCH), len(shapes), config)

@@ -122,6 +122,13 @@ class Teacher(nn.Module):
         mine, theirs = self._pairs
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
 
+    @torch.no_grad()
+    def distance(self, student: Student) -> float:
+        """Length of the difference to the student, in lengths of the teacher's own weights: 0 where it has not moved."""
+        mine, theirs = self._pairs or self._match(student)
+        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(mine, theirs))).norm()
+        return (apart / torch.stack(torch._foreach_norm(mine)).norm()).item()
+
     def _match(self, student: Student) -> tuple[list[Tensor], list[Tensor]]:
         """Corresponding tensors of both branches: parameters, and buffers that training changes."""
         assert self.projector is not None and student.projector is not None

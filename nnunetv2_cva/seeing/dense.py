@@ -99,7 +99,7 @@ def dense_maps(
                 sums[t] = window.new_zeros((len(window), *whole))
                 weights[t] = window.new_zeros(whole)
             where = tuple(slice(b // s, b // s + n) for b, s, n in zip(start, stride, window.shape[1:]))
-            weight = _gaussian(tuple(window.shape[1:])).to(window)
+            weight = _gaussian(_triple(window.shape[1:])).to(window)
             sums[t][(slice(None), *where)] += window * weight
             weights[t][where] += weight
         tick()

@@ -112,9 +112,9 @@ def _write_dense(
             _write_nifti(path, in_file_space(m, image), image)
 
 
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+def _write_npz(path: Path, **arrays: Any) -> None:
     with written_whole(path) as partial, open(partial, "wb") as f:
-        np.savez_compressed(f, **arrays)  # type: ignore[arg-type]  numpy's stub takes allow_pickle for any name
+        np.savez_compressed(f, **arrays)
 
 
 def _write_b2nd(path: Path, m: DenseMap, image: Image) -> None:

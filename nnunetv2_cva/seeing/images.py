@@ -109,8 +109,9 @@ def preprocess(found: Found, network: Frozen, labels: str | Path | None = None, 
     plans = PlansManager(network.plans)
     manager = plans.get_configuration(network.configuration)
     try:
-        array, properties = read_images(found.files)
-        segmentation = None if labels is None else read_images([str(labels)])[0]
+        read = read_images(found.files)
+        array, properties = read.images, read.properties
+        segmentation = None if labels is None else read_images([str(labels)]).images
     except ValueError as e:
         raise ValueError(f"{found.files[0]}: {e}") from None
     if segmentation is not None and segmentation.shape[1:] != array.shape[1:]:

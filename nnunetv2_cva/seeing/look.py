@@ -67,12 +67,16 @@ def picture(found: Look, path: Path) -> None:
     others; below, principal components as colours and k-means regions, a row per network each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = _match_rows(found) + _colour_rows(found)
     columns = len(found.images)
-    figure = Figure(figsize=(3.4 * columns, 1.28 * len(rows) + 0.3), facecolor="black", layout="constrained")
+    figure = Figure(
+        figsize=(3.4 * columns, 1.28 * len(rows) + 0.3),
+        facecolor="black",
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01),
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
     for r, (title, tiles) in enumerate(rows):
         for c, (tile, note) in enumerate(tiles):
             axes = figure.add_subplot(len(rows), columns, r * columns + c + 1)
@@ -137,8 +141,8 @@ def _marked(image: Image, grey: np.ndarray, point: Any, heat: np.ndarray | None,
 
 
 def reduced(described: Sequence[Described], dims: int = 40) -> tuple[list[np.ndarray], float, float]:
-    """int8 (R, dims) for every image, and a scale: scalar products of the rows are those of the numbers over scale squared, as well
-    as ``dims`` numbers can say. Also the share of the squared length that they keep. For pages, which carry them along."""
+    """int8 (R, dims) for every image, and a scale: scalar products of the rows are those of the numbers over scale squared, as
+    well as ``dims`` numbers can say. Also the share of the squared length that they keep. For pages, which carry them along."""
     rows = torch.cat([d.rows[d.body] for d in described])
     rows = rows[:: max(1, len(rows) // 20_000)]
     basis = torch.linalg.svd(rows, full_matrices=False).Vh[:dims].T

@@ -23,6 +23,11 @@ from nnunetv2_cva.seeing.page import data, page, table
 MOST_CELLS = 8_000  # of an image, with their numbers in the page
 MOST_VOXELS = 300_000  # of an image as it is shown
 
+STYLE = """
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; align-items: end; }
+canvas { width: 100%; cursor: crosshair; background: #000; touch-action: manipulation; }
+label { margin-right: 1rem; }
+"""
 EXPLANATION = """<p>Click or drag in the first image. The cross shows where each network finds that place in the other images, the
 colours how similar every place is. <em>untrained</em> is the same network before any training: what it finds, no training has
 taught. Cells are averaged over a coarser grid than in the tables, and similarities are rounded.</p>"""
@@ -33,11 +38,7 @@ def write_look(found: Look, path: Path, tables: Sequence[tuple[str, Sequence[str
     script = resources.files("nnunetv2_cva.seeing").joinpath("look.js").read_text("utf-8")
     below = "".join(f"<h2>{escape(title)}</h2>{table(header, rows)}" for title, header, rows in tables)
     body = f'{EXPLANATION}<div id="choices"></div><div id="networks"></div>{below}'
-    style = ".row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; align-items: end; }"
-    style += (
-        " canvas { width: 100%; cursor: crosshair; background: #000; touch-action: manipulation; } label { margin-right: 1rem; }"
-    )
-    write_text(path, page("What the network has learned", body, f"const LOOK = {data(content(found))};\n{script}", style))
+    write_text(path, page("What the network has learned", body, f"const LOOK = {data(content(found))};\n{script}", STYLE))
 
 
 def content(found: Look) -> dict[str, Any]:

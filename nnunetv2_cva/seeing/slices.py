@@ -22,7 +22,7 @@ def windowed(volume: np.ndarray) -> np.ndarray:
 
 
 def three(
-    volume: np.ndarray, point: Sequence[float], size: Sequence[int], spacing: Sequence[float], tile: int
+    volume: np.ndarray, point: Sequence[float] | np.ndarray, size: Sequence[int], spacing: Sequence[float], tile: int
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """Slices across each axis through ``point`` (voxel coordinates of an image of ``size`` voxels and ``spacing`` mm) of any
     ``volume`` (gi, gj, gk[, channels]) that covers it; side by side in squares of ``tile`` pixels, all of one scale, the first

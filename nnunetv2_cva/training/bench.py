@@ -69,10 +69,12 @@ def bench(
         found = measure(made, seconds, lambda part: say(f"measuring: {part}"))
         other = found.loader / found.device if found.bottleneck == "device" else found.device / found.loader
         comparison = "The loader is" if found.bottleneck == "device" else "The device would be"
-        helps = (*advice(found, made, usable_cores(os.environ, CGROUPS)), *warnings(Path(made.log_file).read_text("utf-8")))
+        log = Path(made.log_file).read_text("utf-8")
+        helps = (*advice(found, made, usable_cores(os.environ, CGROUPS)), *warnings(log))
         return [
             "",
             *table(found, made),
+            *_said(log, "Attention: "),
             "",
             f"Bottleneck: the {found.bottleneck}. {comparison} {other:.1f} times as fast. What would help:",
             *(f"  {line}" for line in helps),
@@ -254,8 +256,12 @@ def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
 
 def warnings(log: str) -> list[str]:
     """Of a trainer's log, what a user should know, without the times."""
-    lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line) for line in log.splitlines())
-    return [line for line in lines if any(mark in line for mark in ("WARNING", "instead of", "Going on without", "Attention: "))]
+    return _said(log, "WARNING", "instead of", "Going on without")
+
+
+def _said(log: str, *marks: str) -> list[str]:
+    lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line).rstrip() for line in log.splitlines())
+    return [line for line in lines if any(mark in line for mark in marks)]
 
 
 def table(found: Speeds, trainer: CVATrainer) -> list[str]:

@@ -52,10 +52,10 @@ def opening(
         f"The best checkpoint is the one with the {'highest' if best.sign > 0 else 'lowest'} {best.name}: {best.meaning}.",
         f"Settings of the method: {config.as_dict()}",
     ]
-    if config.warmup_epochs >= config.epochs:
+    if config.warmup >= config.epochs:
         lines.append(
-            f"WARNING: warmup_epochs {config.warmup_epochs}, epochs {config.epochs}: the whole training is warm-up, with at most "
-            f"{config.epochs / config.warmup_epochs:.0%} of learning_rate. Set warmup_epochs to less than epochs."
+            f"WARNING: warmup_epochs {config.warmup}, epochs {config.epochs}: the whole training is warm-up, with at most "
+            f"{config.epochs / config.warmup:.0%} of learning_rate. Set warmup_epochs to less than epochs."
         )
     if config.optimizer == "sgd" and config.epochs * config.iterations_per_epoch < LONG_ENOUGH_FOR_SGD:
         lines.append(short_for_sgd(config))

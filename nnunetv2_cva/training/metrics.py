@@ -29,6 +29,8 @@ class Metric:
 LOSSES, AGREEMENT, RANK = "losses", "agreement of the two views (watched pairs)", "effective rank of the features"
 SHARES, RATE = "spread of the features; real overlap; share of time waiting for data", "learning rate"
 
+ROUNDING = 1e-5  # of the whole length: float32 keeps 1e-7 of a number, and features are sums of many
+
 METRICS = {
     m.name: m
     for m in (
@@ -45,6 +47,13 @@ METRICS = {
         Metric("retrieval", "how often the most similar bin of the other view is the corresponding one", "higher", AGREEMENT),
         Metric("feature_alignment", "the same cosine, of the encoder features that fine-tuning gets", "higher", AGREEMENT),
         Metric("feature_retrieval", "the same retrieval, by these features", "higher", AGREEMENT),
+        Metric("alignment_null", "alignment with the same place in another case: what position alone explains", "", AGREEMENT),
+        Metric("retrieval_null", "retrieval by the bin at the same place in another case", "", AGREEMENT),
+        Metric("feature_alignment_null", "feature_alignment with the same place in another case", "", AGREEMENT),
+        Metric("feature_retrieval_null", "feature_retrieval by the same place in another case", "", AGREEMENT),
+        Metric("reconstruction_null", "the reconstruction loss of predicting every view's mean", "", LOSSES),
+        Metric("contrastive_null", "the contrastive loss of telling nothing apart", "", LOSSES),
+        Metric("teacher_distance", "length of student minus teacher, in lengths of the teacher's weights", "", SHARES),
         Metric("spread", "how far apart these features are; near 0: collapsed", "higher", SHARES),
         Metric("effective_rank", "how many directions these features use; near 1: collapsed", "higher", RANK),
     )
@@ -79,6 +88,14 @@ def pair_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
     return {"alignment": diagonal.mean().item(), "retrieval": hits.float().mean().item()}
 
 
+def null_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
+    """``pair_metrics`` of the bins of one case and those at the same places of the next: what anything that knows only the place
+    in the view would reach. Nothing for a single case, which has no other."""
+    if len(first) < 2:
+        return {}
+    return {f"{name}_null": value for name, value in pair_metrics(first, second.roll(1, dims=0)).items()}
+
+
 def standardised(features: Tensor) -> Tensor:
     """(B, R, D) features with mean 0 and variance 1 per channel over all bins: raw features share a large mean, so that all
     cosines are near 1."""
@@ -92,11 +109,13 @@ def collapse_metrics(features: Tensor) -> dict[str, float]:
 
     ``spread``: standard deviation of the L2-normalised features, times sqrt(D): 0 when all are the same, up to 1.
     ``effective_rank``: exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli, 2007);
-    1 when all lie on a line, at most min(M, D).
+    1 when all lie on a line, at most min(M, D). Directions of less than 1e-5 of the features' whole length are rounding
+    and do not count: features that are all the same have rank 1, whatever noise is on them.
     """
     rows = features.float()
     spread = normalize(rows, dim=-1).std(0).mean() * rows.shape[1] ** 0.5
     singular = _singular_values(rows - rows.mean(0))
+    singular = singular.where(singular > ROUNDING * rows.norm().to(singular), 0)
     p = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
     rank = torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
     return {"spread": spread.item(), "effective_rank": rank.item()}

@@ -1,0 +1,148 @@
+"""What the verdict says about runs that are known: nine objectives that learn and five that are made to collapse.
+
+    python benchmarks/verdicts.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK [--seeds 0 1 2]
+
+Every run is short: 10 epochs of 12 iterations of AdamW in bf16, a U-Net of three stages, views of 16x24x16. Its metrics go, one
+line for a run, to WORK/verdicts.jsonl; the table of what the verdict said, epoch by epoch, to standard output. What is done is
+not done again. The test of the verdict reads a copy of these lines, tests/recorded_runs.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hippocampus import NAME, PLANS, prepare
+
+CONFIGURATION, STAGES = "verdicts", 3
+HEALTHY = ("", "AE", "MAE", "MAE_CVA", "MAE_CCVA", "MAE_Cont", "MAE_CCVA_Cont", "Gram", "Cont")
+ALONE = {"reconstruction_weight": 0.0, "contrastive_weight": 0.0, "mask_ratio": 0.0}
+COLLAPSING = {
+    "no stop-gradient": {**ALONE, "teacher_momentum": 0.0},
+    "momentum 0, constant images": {**ALONE, "teacher_momentum": 0.0},
+    "huge learning rate": {"learning_rate": 0.3},
+    "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
+    "features pulled together": {**ALONE},
+}
+
+ORDER = ("", "MAE", *COLLAPSING, *HEALTHY[3:], "AE")
+
+
+def trainer_class(name: str) -> type:
+    """The recipe of that name, or one that collapses."""
+    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_objectives
+
+    if name in HEALTHY:
+        wanted = "_".join(part for part in ("nnUNetTrainerCVA", name) if part)
+        return next(getattr(m, wanted) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, wanted))
+
+    class Collapsing(nnUNetTrainerCVA.nnUNetTrainerCVA):
+        """Made to."""
+
+        def train_step(self, batch: dict) -> dict:
+            if name == "momentum 0, constant images":
+                batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
+            return super().train_step(batch)
+
+        def objective(self, student, teacher, batch, config, cases=None):
+            found = original(student, teacher, batch, config, cases)
+            if name in ("no stop-gradient", "features pulled together"):  # both branches' features towards one point
+                maps, _, _ = self.student.backbone(batch.visible, None)
+                pulled = torch.stack([m.float().flatten(2).var(dim=2).mean() for m in maps]).sum()
+                found["total"] = found["total"] + (1.0 if name == "no stop-gradient" else 10.0) * pulled
+            return found
+
+    from nnunetv2_cva.training.objective import objective as original
+
+    return Collapsing
+
+
+def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
+    """The metrics of every epoch; a run that diverges ends early."""
+    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
+    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
+    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, **COLLAPSING.get(name, {})})
+    dataset_json = json.loads((dataset / "dataset.json").read_text())
+    trainer = trainer_class(name)(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
+    try:
+        trainer.run_training()
+    except RuntimeError as e:
+        if "epoch" not in str(e):
+            raise
+    weights = Path(trainer.output_folder) / "checkpoint_final.pth"
+    if weights.is_file():
+        weights.rename(keep / f"{name or 'default'}_{seed}.pth".replace(" ", "_").replace(",", ""))
+    drop = ("seconds", "data_wait")
+    return [{k: _short(v) for k, v in e.items() if k not in drop} for e in trainer.history.epochs]
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def configure(dataset: Path) -> None:
+    """Add the configuration and the split."""
+    plans = json.loads((dataset / f"{PLANS}.json").read_text())
+    architecture = plans["configurations"]["small"]["architecture"]
+    arguments = {**architecture["arch_kwargs"], "n_stages": STAGES, "features_per_stage": [8, 16, 32]}
+    for name in ("kernel_sizes", "strides", "n_conv_per_stage", "n_conv_per_stage_decoder"):
+        arguments[name] = arguments[name][: STAGES - name.endswith("decoder")]
+    plans["configurations"][CONFIGURATION] = {
+        "inherits_from": "small",
+        "batch_size": 2,
+        "patch_size": [16, 24, 16],
+        "architecture": {**architecture, "arch_kwargs": arguments},
+        "cva": {
+            **{"head_width": 64, "predictor_width": 32, "roi_size": [4, 6, 4]},
+            **{"mask_block": 8, "epochs": 10, "iterations_per_epoch": 12, "check_seconds": 0, "warmup_epochs": 1},
+            **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01},
+            **{"precision": "bf16", "channels_last": True, "watched_cases": 4},
+        },
+    }
+    (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
+    names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
+    order = np.random.default_rng(0).permutation(names).tolist()
+    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[40:], "val": order[:40]}]))
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """What was said after every epoch."""
+    from nnunetv2_cva.seeing.verdict import verdict
+
+    lines = ["| run | seed | verdict, epoch by epoch | the last one's reason |", "|---|---|---|---|"]
+    for r in runs:
+        said = [verdict(r["epochs"][: n + 1]) for n in range(len(r["epochs"]))]
+        names = ", ".join(v.state for n, v in enumerate(said) if n == 0 or v.state != said[n - 1].state)
+        lines.append(f"| {r['run'] or 'default'} | {r['seed']} | {names} | {said[-1].reason if said else 'diverged'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    prepare(args.raw.resolve(), args.folder.resolve())
+    configure(args.folder / "pre" / NAME)
+    file = args.folder / "verdicts.jsonl"
+    for seed in args.seeds:
+        for name in ORDER:
+            done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            if not any((r["run"], r["seed"]) == (name, seed) for r in done):
+                line = json.dumps({"run": name, "seed": seed, "epochs": run(name, seed, args.folder)})
+                with open(file, "a") as f:
+                    f.write(line + "\n")
+    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Is it learning? One word from the recorded metrics of the epochs, with its reason in numbers.
+
+Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
+made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
+0.6 of the highest it had; in runs that collapse rank or spread falls below a third of it within a few epochs. The thresholds
+stand between. Longer runs of larger networks were not recorded: there they are a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
+
+ENOUGH = 4  # epochs before anything but collapse is said
+FALLEN, GONE = 0.3, 0.1  # of the highest effective rank or spread so far: collapsing, collapsed
+LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
+STILL = 10  # epochs, or a fifth of the run where that is more, without a move: a plateau
+NOISES = 3.0  # a move is a change of more than so many standard deviations of the noise between epochs
+# What may show that something is still learned, and which direction is better.
+MOVES = {"retrieval": 1, "feature_retrieval": 1, "alignment": 1, "feature_alignment": 1, "watched_loss": -1, "total_loss": -1}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``state`` in one word, and why."""
+
+    state: State
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.reason}"
+
+
+def verdict(epochs: Sequence[Mapping[str, Any]]) -> Verdict:
+    """What the metrics of all epochs so far (``metrics.jsonl``) say. A pure function of them.
+
+    COLLAPSED, COLLAPSING: features lose their directions or lie closer together than they did. PLATEAU: nothing that is
+    watched has moved by more than its noise for long. LEARNING: something has. TOO EARLY: fewer than 4 epochs, or nothing has
+    moved yet.
+    """
+    if not epochs:
+        return Verdict("TOO EARLY", "no epoch has ended yet.")
+    return _collapse(epochs) or _progress(epochs)
+
+
+def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
+    now = epochs[-1]
+    worst: Verdict | None = None
+    for name, least in (("effective_rank", LEAST_RANK), ("spread", LEAST_SPREAD)):
+        values = [float(e[name]) for e in epochs if name in e]
+        if not values:
+            continue
+        highest = max(values)
+        share = values[-1] / highest if highest > 0 else 0.0
+        words = f"{name.replace('_', ' ')} of the features is {values[-1]:.3g}, the highest was {highest:.3g}"
+        if values[-1] < least or share < GONE:
+            gone = f"at least {least:g} and {GONE:g} of the highest is expected"
+            return Verdict("COLLAPSED", f"{words} ({gone}). {_advice(now)}")
+        if share < FALLEN and len(values) > 1:
+            worst = worst or Verdict("COLLAPSING", f"{words}: less than {FALLEN:g} of it. {_advice(now)}")
+    return worst
+
+
+def _advice(now: Mapping[str, Any]) -> str:
+    distance = now.get("teacher_distance")
+    if distance is not None and distance < 1e-6:
+        return "The teacher equals the student: raise teacher_momentum."
+    return "Lower learning_rate or raise teacher_momentum, and look at views.png: views that show nothing teach nothing."
+
+
+def _progress(epochs: Sequence[Mapping[str, Any]]) -> Verdict:
+    if len(epochs) < ENOUGH:
+        return Verdict("TOO EARLY", f"{len(epochs)} of at least {ENOUGH} epochs.")
+    moved = [found for name, sign in MOVES.items() if (found := _last_move(epochs, name, sign)) is not None]
+    if not moved:
+        names = ", ".join(n for n in MOVES if any(n in e for e in epochs)) or "the metrics"
+        if len(epochs) < _patience(epochs):
+            return Verdict("TOO EARLY", f"in {len(epochs)} epochs none of {names} has moved by more than its noise.")
+        return Verdict("PLATEAU", f"in {len(epochs)} epochs none of {names} has ever moved by more than its noise.")
+    ago, name, change, noise = min(moved)
+    what = f"{name} last moved by more than its noise {ago} epochs ago ({change:+.3g}, noise {noise:.2g})"
+    if ago >= _patience(epochs):
+        return Verdict("PLATEAU", f"{what}. More epochs of this kind change little.")
+    recent = f"{name} has changed by {change:+.3g} since epoch {_first(epochs)}, noise {noise:.2g}"
+    return Verdict("LEARNING", f"{recent}; last move {ago} epochs ago.")
+
+
+def _patience(epochs: Sequence[Mapping[str, Any]]) -> int:
+    return max(STILL, len(epochs) // 5)
+
+
+def _first(epochs: Sequence[Mapping[str, Any]]) -> Any:
+    return epochs[0].get("epoch", 0)
+
+
+def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tuple[int, str, float, float] | None:
+    """How many epochs ago a metric last moved for the better by more than its noise, its change since the first epoch, and the
+    noise; None where it never did.
+
+    The noise is the standard deviation of the differences from each epoch to the next, by their median and over the root of
+    two, which a trend hardly changes. A move is a new best of two epochs in a row, better by three of these than where the
+    last move led, at first than the median of the first epochs: one lucky epoch is none.
+    """
+    values = np.array([sign * float(e[name]) for e in epochs if name in e])
+    if len(values) < ENOUGH:
+        return None
+    steps = np.diff(values)
+    noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
+    noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
+    lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
+    anchor, at = float(np.median(values[:3])), None
+    for n, value in enumerate(lasting, 1):
+        if value > anchor + NOISES * noise:
+            anchor, at = float(value), n
+    return None if at is None else (len(values) - 1 - at, name, sign * float(values[at] - values[0]), noise)

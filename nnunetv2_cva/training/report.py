@@ -1,0 +1,209 @@
+"""One page about a training, made from what lies in its folder: verdict, curves, views, matches, settings, what to do next."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_cva import nnunet
+from nnunetv2_cva.files import read_json, read_object, write_json, write_text
+from nnunetv2_cva.seeing.images import Image
+from nnunetv2_cva.seeing.page import cell, page, table
+from nnunetv2_cva.seeing.verdict import verdict
+from nnunetv2_cva.training.metrics import METRICS
+
+REPORT, METRICS_FILE, WATCHED = "report.html", "metrics.jsonl", "watched.json"
+PROGRESS, VIEWS, MATCHES = "progress.png", "views.png", "matches.png"
+CASES = 3  # whose matches are shown
+LARGEST = 1.5  # views: of larger cases the middle is shown
+
+
+def write_report(folder: Path, tick: Callable[[], object] = lambda: None, matches: bool = True) -> Path:
+    """Write ``report.html`` into the folder of a training; pictures of matches are drawn where weights and watched
+    cases are there and the picture is not, or is older.
+
+    Raises:
+        ValueError: the folder holds no training.
+    """
+    folder = Path(folder)
+    epochs = read_epochs(folder)
+    settings = read_object(folder / "cva_config.json")
+    plans = read_object(folder.parent / "plans.json")
+    configuration = folder.parent.name.split("__")[-1]
+    missing = _draw_matches(folder, plans, configuration, tick) if matches else ""
+    parts = [
+        _verdict(epochs),
+        _metrics(epochs),
+        _picture(folder / PROGRESS, "Curves", "Losses, agreement of the two views of watched cases, collapse, over the epochs."),
+        _picture(folder / VIEWS, "Views", "Pairs of the training: what is shared is framed; what is hidden is zero."),
+        _picture(
+            folder / MATCHES,
+            "Matches of watched cases",
+            "Points of the first case found in the others, by the trained network and by the same one untrained; principal "
+            "components as colours, one basis for all; k-means regions.",
+            missing,
+        ),
+        _data(folder, plans, configuration),
+        _times(epochs),
+        _next(folder, plans, configuration),
+        _settings(settings),
+    ]
+    path = folder / REPORT
+    write_text(path, page(f"{plans.get('dataset_name')}: {folder.parent.name}, fold {_fold(folder)}", "\n".join(parts)))
+    return path
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of all epochs.
+
+    Raises:
+        ValueError: the folder holds no training of ours.
+    """
+    file = folder / METRICS_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} is no folder of a pretraining: expected {METRICS_FILE}, as in .../fold_all.")
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    except ValueError:
+        raise ValueError(f"{file}: expected one JSON object a line, found something else. Restore it.") from None
+
+
+def note_watched(folder: Path, data: str | Path, cases: list[str]) -> None:
+    """Say in the folder which cases are watched, and where their voxels are."""
+    write_json(folder / WATCHED, {"data": str(data), "cases": list(cases)})
+
+
+def _verdict(epochs: list[dict[str, Any]]) -> str:
+    found = verdict(epochs)
+    words = f"<strong>{found.state}</strong> after {len(epochs)} epochs: {escape(found.reason)}"
+    return f'<p class="verdict {found.state.replace(" ", "-")}">{words}</p>'
+
+
+def _metrics(epochs: list[dict[str, Any]]) -> str:
+    if not epochs:
+        return ""
+    first, last, rows = epochs[0], epochs[-1], []
+    for name in last:
+        if name.endswith("_null") or name in ("epoch", "seconds") or not isinstance(last[name], (int, float)):
+            continue
+        null = last.get(f"{name.removesuffix('_loss')}_null", "")
+        rows.append([name, first.get(name, ""), last[name], null, METRICS[name].meaning if name in METRICS else ""])
+    header = ("metric", "first epoch", "last epoch", "without learning", "meaning")
+    note = "<p>“Without learning”: the same number for the same place in another case, or of a constant answer.</p>"
+    return "<h2>Metrics</h2>" + note + table(header, [[float(c) if isinstance(c, (int, float)) else c for c in r] for r in rows])
+
+
+def _picture(file: Path, title: str, caption: str, missing: str = "") -> str:
+    if not file.is_file():
+        return f"<h2>{title}</h2><p>{escape(missing)}</p>" if missing else ""
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<h2>{title}</h2><p>{caption}</p><img alt="{title}" src="data:image/png;base64,{data}">'
+
+
+def _data(folder: Path, plans: dict[str, Any], configuration: str) -> str:
+    chosen = nnunet.configuration(plans, configuration)
+    description = folder.parent / "dataset.json"
+    dataset = read_object(description) if description.is_file() else {}
+    watched = read_json(folder / WATCHED)["cases"] if (folder / WATCHED).is_file() else []
+    rows = [
+        ["dataset", plans.get("dataset_name")],
+        ["cases", dataset.get("numTraining", "not stated")],
+        ["channels", ", ".join(map(str, (dataset.get("channel_names") or {}).values()))],
+        ["plans, configuration", f"{plans.get('plans_name')}, {configuration}"],
+        ["spacing, mm", ", ".join(cell(s) for s in chosen.get("spacing", []))],
+        ["view, voxels", " x ".join(map(str, chosen.get("patch_size", [])))],
+        ["cases per step", chosen.get("batch_size")],
+        ["watched cases", ", ".join(watched)],
+    ]
+    return "<h2>Data</h2>" + table(("", ""), rows)
+
+
+def _times(epochs: list[dict[str, Any]]) -> str:
+    seconds = [e["seconds"] for e in epochs if "seconds" in e]
+    if not seconds:
+        return ""
+    waits = [e.get("data_wait", 0.0) for e in epochs]
+    rows = [
+        ["epochs", len(seconds)],
+        ["together, hours", sum(seconds) / 3600],
+        ["median epoch, seconds", float(np.median(seconds))],
+        ["share of the time waiting for data", float(np.mean(waits))],
+    ]
+    return "<h2>Times</h2>" + table(("", ""), rows)
+
+
+def _next(folder: Path, plans: dict[str, Any], configuration: str) -> str:
+    weights = shlex.quote(str(folder / "checkpoint_final.pth"))
+    target, name = nnunet.fine_tuned(plans, configuration), plans.get("plans_name")
+    lines = [
+        "# what it learned",
+        f"nnUNetv2_cva look {weights} -i IMAGE_A IMAGE_B IMAGE_C -o FOLDER",
+        f"nnUNetv2_cva probe {weights} -d LABELLED_DATASET -o FOLDER",
+        "# fine-tune with nnU-Net itself",
+        f"nnUNetv2_cva export {weights} -d DATASET -c {target} -p {name} -o weights.pth",
+        f"nnUNetv2_train DATASET {target} FOLD -p {name} -pretrained_weights weights.pth",
+    ]
+    return f"<h2>Next</h2><pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return "<h2>Settings of the method</h2>" + table(("setting", "value"), [[k, json.dumps(v)] for k, v in settings.items()])
+
+
+def _fold(folder: Path) -> str:
+    return folder.name.removeprefix("fold_")
+
+
+def _draw_matches(folder: Path, plans: dict[str, Any], configuration: str, tick: Callable[[], object]) -> str:
+    """Why there is no picture of matches, or nothing."""
+    from nnunetv2_cva.seeing.frozen import load_frozen, untrained
+    from nnunetv2_cva.seeing.look import look, picture
+
+    weights = next(
+        (folder / f"checkpoint_{n}.pth" for n in ("final", "latest") if (folder / f"checkpoint_{n}.pth").is_file()), None
+    )
+    if weights is None:
+        return "There are no weights in this folder to look at."
+    drawn = folder / MATCHES
+    if drawn.is_file() and drawn.stat().st_mtime >= weights.stat().st_mtime:
+        return ""
+    chosen = nnunet.configuration(plans, configuration)
+    images = _watched_images(folder, chosen)
+    if len(images) < 2:
+        return "Fewer than two watched cases can be read: there is nothing to match."
+    networks = {"trained": load_frozen(weights), "untrained": untrained(weights)}
+    picture(look(images, networks, tick=tick), drawn)
+    return ""
+
+
+def _watched_images(folder: Path, configuration: dict[str, Any]) -> list[Image]:
+    """The middle of the first watched cases that can still be read."""
+    import torch
+
+    from nnunetv2_cva.views.cases import Cases
+
+    if not (folder / WATCHED).is_file():
+        return []
+    noted = read_object(folder / WATCHED)
+    i, j, k = (float(s) for s in configuration["spacing"])
+    images: list[Image] = []
+    cases = Cases(noted["data"], noted["cases"])
+    for key in noted["cases"]:
+        try:
+            case = cases.open(key)
+            shown = [min(n, int(LARGEST * v)) for n, v in zip(case.shape, configuration["patch_size"])]
+            begin = [(n - s) // 2 for n, s in zip(case.shape, shown)]
+            voxels = case.read(np.array([[b, b + s] for b, s in zip(begin, shown)]))
+        except ValueError:
+            continue
+        images.append(Image(key, torch.from_numpy(voxels), (i, j, k), {}))
+        if len(images) == CASES:
+            break
+    return images
