@@ -80,7 +80,7 @@ def test_student_and_teacher_move_and_the_teacher_by_the_momentum():
     run = make_run()
     student, teacher = weights(run.student), weights(run.teacher)
     losses = TrainingStep(run, run.student, CONFIG)(batch())
-    assert set(losses) == {"reconstruction", "consistency", "contrastive", "total"}
+    assert set(losses) == {"reconstruction", "consistency", "contrastive", "total", "skipped"}
     assert not any(loss.requires_grad for loss in losses.values())
     assert any(not torch.equal(a, b) for a, b in zip(student, run.student.parameters()))
     before = teacher[0]
@@ -103,6 +103,29 @@ def test_a_step_that_the_scaler_skips_moves_nobody():
     assert not all(map(torch.equal, student, run.student.parameters()))
     assert not all(map(torch.equal, teacher, run.teacher.parameters()))
     assert all_finite(run.student)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_batch_that_is_not_finite_leaves_the_weights_and_the_optimizer_alone(optimizer, fused, first):
+    """Whether it comes first or later: what follows is as if it had not been there, but for the teacher."""
+    still = {"learning_rate": 1e-3, "teacher_momentum": 1.0}
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, fused_optimizer=fused, **still)
+    found = []
+    for bad in (True, False):
+        run = make_run(config=config)
+        step = TrainingStep(run, run.student, config)
+        if not first:
+            step(batch(0))
+        if bad:
+            before = weights(run.student)
+            spoiled = dataclasses.replace(batch(1), visible=batch(1).visible * torch.nan)
+            losses = step(spoiled)
+            assert losses["skipped"] == 1 and all(map(torch.equal, before, run.student.parameters()))
+        assert step(batch(2))["skipped"] == 0
+        found.append(weights(run.student))
+    assert all(map(torch.equal, *found)) and all(w.isfinite().all() for w in found[0])
 
 
 def test_the_scaler_changes_no_weights_but_by_rounding():
