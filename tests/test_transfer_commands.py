@@ -204,11 +204,6 @@ def test_a_dataset_that_is_not_planned_says_how(tmp_path, there, monkeypatch, ca
     [
         ("dataset.json", "{}", r"dataset\.json states no labels"),
         ("dataset.json", '{"labels": {"background": 0}}', r"dataset\.json states no channel_names"),
-        (
-            "dataset.json",
-            '{"labels": {"background": 0}, "channel_names": {"T1": "a", "T2": "b"}}',
-            "counted from 0.*found T1, T2",
-        ),
         ("dataset.json", '{"labels": {"background": []}, "channel_names": {"0": "a"}}', "nnU-Net cannot read dataset.json"),
         ("dataset.json", "{broken", r"dataset\.json, line 1: expected JSON"),
         ("nnUNetPlans.json", "{}", "states no dataset_name: it is not a plans file"),
