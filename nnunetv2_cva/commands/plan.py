@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _argument(parser, "-p", f"name of the plans to write (default {PLANS})", dest="plans", metavar="NAME", default=PLANS)
     _argument(parser, "--view", "voxels of a view (default: proposed)", nargs=3, type=int, metavar="N")
     _argument(parser, "--batch-size", "cases per step (default: the paper's 4)", type=int, metavar="N")
+    _argument(parser, "--gpu-memory", "card to plan for (default: the one here, or the planner's)", type=float, metavar="GB")
     _argument(parser, "--hold-out", "leave out the targets' validation images of this fold", type=int, metavar="FOLD")
     add_processes(parser)
 
@@ -69,7 +70,7 @@ def _list(parser: Any, flag: str, metavar: str, help: str) -> None:  # noqa: A00
 
 def run(args: argparse.Namespace) -> int:
     """Look, plan, write, and say what to type next."""
-    from nnunetv2_cva.datasets.planning import Request, plan
+    from nnunetv2_cva.plan import Request, plan
 
     with Bar() as bar:
         planned = plan(request(Request, args), bar)
