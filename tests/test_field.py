@@ -417,11 +417,7 @@ def test_a_wrong_name_is_refused_before_any_image_is_read(planned, capsys, wrong
 @pytest.mark.parametrize(
     ("key", "layer", "expected"),
     [
-        (
-            "norm_op",
-            "torch.nn.modules.batchnorm.BatchNorm3d",
-            "InstanceNorm3d in the file, BatchNorm3d in the.*fresh",
-        ),
+        ("norm_op", "torch.nn.modules.batchnorm.BatchNorm3d", "InstanceNorm3d in the file, BatchNorm3d in the.*fresh"),
         ("nonlin", "torch.nn.ReLU", "activations differ, LeakyReLU in the file, ReLU in the target"),
         ("nonlin", "torch.nn.modules.activation.LeakyReLU", None),
     ],

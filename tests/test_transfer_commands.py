@@ -191,6 +191,14 @@ def test_targets_that_do_not_exist(tmp_path, there, capsys, arguments, expected)
     assert not (tmp_path / "w.pth").exists()
 
 
+def test_a_dataset_that_is_not_planned_says_how(tmp_path, there, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset009_New").mkdir(parents=True)
+    pretraining(tmp_path / "c.pth", target())
+    assert call("check", tmp_path / "c.pth", "-d", 9, "-c", "3d_fullres") == 2
+    assert "Dataset009_New is not planned. nnUNetv2_plan_and_preprocess -d 9 makes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [

@@ -60,7 +60,9 @@ def data_warnings(card: Mapping[str, Any], settings: Mapping[str, Any], dataset_
         ("channel names", _names(entry(card, "dataset").get("channel_names")), _names(_channels(dataset_json))),
     )
     for name, there, here in pairs:
-        if there is None:
+        if there is None and name == "spacing" and "spacing" in card and entry(card, "plans"):
+            found.append(f"the images of the pretraining were not resampled; the target's have spacing {_text(here)}")
+        elif there is None:
             found.append(f"the file does not state its {name}; the target's: {_text(here)}")
         elif name == "normalisation" and _same_but_in_number(there, here):
             continue  # the channels' names say that their number differs
