@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _list(images, "--modality", "NAME", "one per channel; CT is normalised as CT, other names by z-score (or as nnU-Net says)")
     _list(images, "--adopt", "FOLDER|D", "use data where it lies: nnssl's folders, or datasets that nnU-Net has preprocessed")
+    _argument(images, "--anonymous", "names of cases that say nothing of the patient, and a key file", action="store_true")
     _argument(images, "--headers-only", "with --adopt: do not read the voxels (NaN, duplicates)", action="store_true")
     _list(plans, "--target", "D", "datasets that will be fine-tuned; the first one's plans are used")
     _argument(plans, "--target-plans", "which plans of theirs (default nnUNetPlans)", metavar="NAME", default="nnUNetPlans")

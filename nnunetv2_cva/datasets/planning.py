@@ -49,6 +49,7 @@ class Request:
     channels: Literal["split", "stack"] | None = None
     modality: tuple[str, ...] = ()
     adopt: tuple[str, ...] = ()
+    anonymous: bool = False
     headers_only: bool = False
     target: tuple[str, ...] = ()
     target_plans: str = "nnUNetPlans"
@@ -145,6 +146,8 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
 def _check_combination(request: Request) -> None:
     if request.adopt and (request.images or request.table):
         raise ValueError("`adopt` uses preprocessed data, `images` and `table` unprocessed: make two datasets.")
+    if request.adopt and request.anonymous:
+        raise ValueError("`adopt` uses data where it lies, under its names; `anonymous` would rename it.")
     if request.keep_plans and not request.target:
         raise ValueError("`keep_plans` writes existing plans into targets: name them with `target`.")
     if request.planner and (request.preset or request.target):
@@ -181,7 +184,7 @@ class _Planning:
         if self.request.keep_plans:
             return self._keep()
         r = self.request
-        options = {"exclude": r.exclude, "modality": r.modality, "channels": r.channels}
+        options = {"exclude": r.exclude, "modality": r.modality, "channels": r.channels, "anonymous": r.anonymous}
         sources = sources_for(self.folder, r.images, r.table, r.adopt, options)
         how = (r.hold_out, r.headers_only, r.target_plans, r.configuration, r.processes, self.progress, self.say)
         images = Gathering(self.folder, self.targets, *how).gather(sources)
