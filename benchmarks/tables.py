@@ -65,7 +65,11 @@ def table(name: str, results: list[dict[str, Any]]) -> str:
     """One experiment: every recipe against scratch, and against the first other one."""
     e = EXPERIMENTS[name]
     wanted = {"data": e.data, **asdict(e.protocol)}
-    rows = [r for r in results if r["kind"] == "fine-tune" and all(r[k] == v for k, v in wanted.items())]
+    rows = [
+        r
+        for r in results
+        if r["kind"] == "fine-tune" and all(r[k] == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())
+    ]
     rows = [r for r in rows if r["seed"] in e.seeds and r["split"] in e.splits]
     against = e.against or SCRATCH
     lines = [

@@ -3,15 +3,18 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.projects import NAME, add_labels, make_project
 
 from nnunetv2_cva.commands.main import main
+from nnunetv2_cva.comparing import unseen
 from nnunetv2_cva.comparing.arms import named
 from nnunetv2_cva.comparing.design import Request
 from nnunetv2_cva.comparing.run import run
+from nnunetv2_cva.datasets.leakage import HeldOut
 from nnunetv2_cva.transfer.target import find_target
 
 LENGTH = {"iterations": 10, "points": 2, "device": "cpu"}
@@ -108,6 +111,32 @@ def test_a_pretraining_that_has_seen_test_cases_is_refused(here, tmp_path):
         start(request(here, tmp_path / "other", fold=1))
 
 
+@pytest.mark.parametrize(("hit", "missing"), [((), 0), (("case_00",), 0), ((), 1)])
+def test_a_pretraining_that_was_planned_is_compared_by_voxels(here, tmp_path, monkeypatch, hit, missing):
+    """As ``plan`` lists its cases; which images are the same is tests/test_plan.py's."""
+    (tmp_path / "Dataset500_Images").mkdir()
+    (tmp_path / "Dataset500_Images" / "cases.csv").touch()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    monkeypatch.setattr(unseen, "read_accepted", lambda folder: [folder.name])
+    found = HeldOut("Dataset100_Tiny", 0, 2, hit, frozenset(), missing)
+    monkeypatch.setattr(unseen, "by_voxels", lambda target, accepted, *_: [found] if accepted == ["Dataset500_Images"] else [])
+    source = SimpleNamespace(card={"dataset": {"name": "Dataset500_Images"}}, path=Path("weights.pth"))
+    design = SimpleNamespace(dataset="Dataset100_Tiny", fold=0, test=("case_00", "case_01"))
+
+    def checked():
+        return unseen.check(source, None, design, 1, lambda *_: None)
+
+    if hit:
+        with pytest.raises(
+            ValueError, match=r"pretrained on 1 of 2 test cases \(case_00; voxel by voxel with the cases of Dataset500_I"
+        ):
+            checked()
+    elif missing:
+        assert "WARNING: could not check" in checked() and "1 of 2 of their images were not found" in checked()
+    else:
+        assert checked() == "No test case was pretrained on, voxel by voxel with the cases of Dataset500_Images."
+
+
 def test_what_cannot_be_checked_is_said(here, tmp_path):
     _, said, _ = start(request(here, tmp_path, weights=(str(here / "unknown.pth"),), labels=(1,), seeds=1))
     assert "WARNING: could not check whether unknown.pth was pretrained on test cases" in said[1]
@@ -148,6 +177,13 @@ def test_files_are_called_by_what_tells_them_apart(tmp_path):
     assert named([str(files[0]), str(files[1])]) == ["CVA", "MAE"]
     assert named([str(f) for f in files[1:3]] + [str(files[3])])[2] == "open_mind"
     assert named([str(files[0])]) == ["checkpoint_final"]
+    results = [
+        tmp_path / recipe / "fold_0" / "checkpoint_final.pth" for recipe in ("nnUNetTrainerCVA__P__3d", "nnUNetTrainerX__P__3d")
+    ]
+    for file in results:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert named([str(f) for f in results]) == ["nnUNetTrainerCVA", "nnUNetTrainerX"]
     names = named([str(f) for f in files])
     assert len(set(names)) == 4 and all(Path(n).name == n for n in names)
     with pytest.raises(ValueError, match="`weights`: a file is given twice"):

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shlex
 
 import nibabel
@@ -28,6 +29,7 @@ from nnunetv2_cva.datasets.reading import read_images
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
 from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.datasets.user_changes import Recipe, save_plans, save_targets
+from nnunetv2_cva.transfer.table import data_warnings
 
 
 def looked_at(*files):
@@ -407,3 +409,23 @@ def test_a_wrong_name_is_refused_before_any_image_is_read(planned, capsys, wrong
     code = main.main(["plan", "-d", "Dataset501_New", "--images", "/", "-np", "1", *wrong])
     assert code == 2 and "Expected" in capsys.readouterr().err.replace("expected", "Expected")
     assert not (preprocessed / "Dataset501_New").exists()
+
+
+# ---- targets with other layers
+
+
+@pytest.mark.parametrize(
+    ("key", "layer", "expected"),
+    [
+        ("norm_op", "torch.nn.modules.batchnorm.BatchNorm3d", "InstanceNorm3d in the file, BatchNorm3d in the.*fresh"),
+        ("nonlin", "torch.nn.ReLU", "activations differ, LeakyReLU in the file, ReLU in the target"),
+        ("nonlin", "torch.nn.modules.activation.LeakyReLU", None),
+    ],
+)
+def test_layers_that_make_another_function_of_the_same_weights_are_named(key, layer, expected):
+    plans = tiny_plans()
+    card = {"plans": plans, "configuration": "3d_fullres", "spacing": [1.0, 1.0, 1.0], "normalization_schemes": None}
+    settings = json.loads(json.dumps(plans["configurations"]["3d_fullres"]))
+    settings["architecture"]["arch_kwargs"][key] = layer
+    said = [line for line in data_warnings(card, settings, {}) if "differ" in line]
+    assert len(said) == (expected is not None) and (expected is None or re.search(expected, said[0]))

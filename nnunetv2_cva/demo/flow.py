@@ -93,7 +93,9 @@ def all_steps(workspace: Workspace, size: Size, seed: int, device: str, screen: 
         torch.set_num_threads(1)
     test = prepare(workspace, size, seed, screen)
     pretrain(workspace, size, device, screen)
-    command = f"nnUNetv2_train {DATASET_ID} {CONFIGURATION} {FOLD} -p {PLANS} -pretrained_weights {workspace.weights}"
+    command = (
+        f"nnUNetv2_train {DATASET_ID} {CONFIGURATION} {FOLD} -p {PLANS} -pretrained_weights {workspace.short(workspace.weights)}"
+    )
     title = f"Fine-tuning from the weights: the same {size.splits} splits and batches, stock nnU-Net"
     with screen.step("fine-tuning", size.splits, title, command) as tick:
         table, sentences = pipeline.compare(workspace, size, device, True, tick)
@@ -137,8 +139,8 @@ def pretrain(workspace: Workspace, size: Size, device: str, screen: Screen) -> N
 
 def look_command(workspace: Workspace, test: list[str]) -> str:
     """What a user types for the picture."""
-    images = " ".join(str(pipeline.image_file(workspace, case)) for case in test[:3])
-    return f"nnUNetv2_cva look --weights {workspace.weights} -i {images} -o FOLDER"
+    images = " ".join(workspace.short(pipeline.image_file(workspace, case)) for case in test[:3])
+    return f"nnUNetv2_cva look {workspace.short(workspace.weights)} -i {images} -o FOLDER"
 
 
 def closing(workspace: Workspace, size: Size, numbers: dict[str, Any], seed: int, seconds: dict[str, float]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from nnunetv2_cva.demo.pipeline import Size
 from nnunetv2_cva.demo.workspace import CONFIGURATION, RECIPE, Workspace
 
+WIDTH = 120
 MEANINGS = {
     "position": "the label at the same place of the other window: what needs no image",
     "intensity": "the label of the voxels with the most similar intensities",
@@ -27,7 +29,7 @@ def carried_table(found: Mapping[str, Sequence[float]], windows: int) -> str:
 def compared(table: str, sentences: Sequence[str], size: Size) -> str:
     """From scratch and from the weights, and what may be said about it."""
     head = f"Fine-tuned by stock nnU-Net for {size.fine_tuning} iterations on {size.labels} labelled cases, {size.splits} splits:"
-    return "\n".join((head, *(f"  {line}" for line in table.splitlines()), *sentences))
+    return "\n".join((head, *(f"  {line}" for line in table.splitlines()), *(textwrap.fill(s, WIDTH) for s in sentences)))
 
 
 def caveats(seed: int) -> str:

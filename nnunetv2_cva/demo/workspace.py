@@ -63,6 +63,10 @@ class Workspace:
     def weights(self) -> Path:
         return self.pretraining / "checkpoint_final.pth"
 
+    def short(self, path: Path) -> str:
+        """A path below the folder as a command has it that is typed there."""
+        return str(path.relative_to(self.folder))
+
     def plans(self) -> dict[str, Any]:
         return read_object(self.preprocessed / DATASET / f"{PLANS}.json")
 

@@ -94,10 +94,12 @@ def means(found: Sequence[Carried]) -> dict[str, tuple[float, float]]:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval by Student's t; NaN where one value says nothing about scatter."""
+    """Mean and half of the 95 % interval by Student's t; NaN where there are too few values to say."""
     from scipy.stats import t
 
     n = len(values)
+    if n == 0:
+        return float("nan"), float("nan")
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
     return float(np.mean(values)), half
 

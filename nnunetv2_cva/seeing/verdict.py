@@ -1,9 +1,9 @@
 """Is it learning? One word from the recorded metrics of the epochs, with its reason in numbers.
 
-Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, nine objectives that learn and five that are
-made to collapse, and the runs of ``benchmarks/README.md``. In those that learn the effective rank of the features kept at least 0.6 of
-the highest it had, and the spread at least 0.5; in those that collapse both fall below a quarter within a few
-epochs. The thresholds stand between, nearer to what collapses. Longer runs of larger networks were not recorded: there they are a guess.
+Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
+made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
+0.6 of the highest it had; in runs that collapse rank or spread falls below a third of it within a few epochs. The thresholds
+stand between. Longer runs of larger networks were not recorded: there they are a guess.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def verdict(epochs: Sequence[Mapping[str, Any]]) -> Verdict:
     """What the metrics of all epochs so far (``metrics.jsonl``) say. A pure function of them.
 
     COLLAPSED, COLLAPSING: features lose their directions or lie closer together than they did. PLATEAU: nothing that is
-    watched has moved by more than its noise for long. LEARNING: something has. TOO EARLY: fewer than 4 epochs, or nothing has moved yet.
+    watched has moved by more than its noise for long. LEARNING: something has. TOO EARLY: fewer than 4 epochs, or nothing has
+    moved yet.
     """
     if not epochs:
         return Verdict("TOO EARLY", "no epoch has ended yet.")
@@ -102,7 +103,8 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     noise; None where it never did.
 
     The noise is the standard deviation of the differences from each epoch to the next, by their median and over the root of
-    two, which a trend hardly changes. A move is a new best, better by three of these than the last one that was a move.
+    two, which a trend hardly changes. A move is a new best of two epochs in a row, better by three of these than where the
+    last move led, at first than the median of the first epochs: one lucky epoch is none.
     """
     values = np.array([sign * float(e[name]) for e in epochs if name in e])
     if len(values) < ENOUGH:
@@ -110,8 +112,9 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     steps = np.diff(values)
     noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
     noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
-    anchor, at = values[0], None
-    for n, value in enumerate(values):
+    lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
+    anchor, at = float(np.median(values[:3])), None
+    for n, value in enumerate(lasting, 1):
         if value > anchor + NOISES * noise:
-            anchor, at = value, n
+            anchor, at = float(value), n
     return None if at is None else (len(values) - 1 - at, name, sign * float(values[at] - values[0]), noise)
