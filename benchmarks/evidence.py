@@ -24,7 +24,7 @@ from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, items
 from hippocampus import NAME, prepare
 from light import Protocol, Recipe
 from nulls import nulls
-from tables import null_table, table
+from tables import comparisons, null_table, table
 
 TEST = {"hippocampus": 20, "made up": 10}  # cases in no training
 SCORED = {"hippocampus": 12, "made up": 6}  # of these, after a fine-tuning
@@ -124,7 +124,8 @@ def main() -> None:
     if args.table is not None:
         results = read(args.folder / "evidence.jsonl")
         print("\n\n".join(table(name, results) for name in args.table or EXPERIMENTS))
-        print("\n" + "\n\n".join(null_table(results, data) for data in TEST))
+        print("\n" + comparisons(results) + "\n")
+        print("\n\n".join(null_table(results, data) for data in TEST))
     if args.list:
         print("\n".join(f"{name}: {', '.join(e.recipes)}. {e.expected}" for name, e in EXPERIMENTS.items()))
 

@@ -65,10 +65,13 @@ def test_what_stands_still_for_long_is_a_plateau_and_says_since_when():
     assert 20 <= ago <= 26
 
 
-def test_noise_alone_is_not_learning():
-    rng = np.random.default_rng(1)
-    epochs = run(watched_loss=rng.normal(1, 0.1, 30).tolist())
-    assert verdict(epochs).state == "PLATEAU"
+def test_noise_alone_is_rarely_learning_and_a_trend_twice_as_large_as_the_noise_is():
+    wrong = right = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        wrong += verdict(run(watched_loss=rng.normal(1, 0.1, 30).tolist())).state != "PLATEAU"
+        right += verdict(run(watched_loss=(np.linspace(1, 0.8, 15) + rng.normal(0, 0.02, 15)).tolist())).state == "LEARNING"
+    assert wrong <= 2 and right >= 36
 
 
 def test_a_falling_loss_is_learning_where_nothing_else_is_watched():

@@ -2,8 +2,9 @@
 
 Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
 made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
-0.6 of the highest it had; in runs that collapse rank or spread falls below a third of it within a few epochs. The thresholds
-stand between. Longer runs of larger networks were not recorded: there they are a guess.
+0.6 of the highest it had; in runs that collapse it falls to 0.4 or less of what the untrained network has, or what the losses
+compare becomes one answer to all. The thresholds stand between. Longer runs of larger networks were not recorded: there they
+are a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
 
 ENOUGH = 4  # epochs before anything but collapse is said
-FALLEN, GONE = 0.3, 0.1  # of the highest effective rank or spread so far: collapsing, collapsed
+FALLEN, GONE = 0.45, 0.1  # of the highest effective rank or spread so far, or before the first step: collapsing, collapsed
+ALIKE = 0.9  # the cosine of corresponding bins, and the share of it that the same place in another case has: one answer to all
+GUESSES = 4.0  # times chance that retrieval has to exceed where all answers are alike
 LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
 STILL = 10  # epochs, or a fifth of the run where that is more, without a move: a plateau
 NOISES = 3.0  # a move is a change of more than so many standard deviations of the noise between epochs
@@ -55,15 +58,27 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
         values = [float(e[name]) for e in epochs if name in e]
         if not values:
             continue
-        highest = max(values)
+        highest = max(*values, float(now.get(f"{name}_start", 0.0)))
         share = values[-1] / highest if highest > 0 else 0.0
         words = f"{name.replace('_', ' ')} of the features is {values[-1]:.3g}, the highest was {highest:.3g}"
         if values[-1] < least or share < GONE:
             gone = f"at least {least:g} and {GONE:g} of the highest is expected"
             return Verdict("COLLAPSED", f"{words} ({gone}). {_advice(now)}")
-        if share < FALLEN and len(values) > 1:
+        if share < FALLEN:
             worst = worst or Verdict("COLLAPSING", f"{words}: less than {FALLEN:g} of it. {_advice(now)}")
-    return worst
+    return worst or _one_answer(now)
+
+
+def _one_answer(now: Mapping[str, Any]) -> Verdict | None:
+    """Where what the losses compare is the same for all bins of all cases: they agree, and tell nothing."""
+    known = [now.get(k) for k in ("alignment", "alignment_null", "retrieval", "retrieval_chance")]
+    if any(v is None for v in known):
+        return None
+    alignment, elsewhere, retrieval, chance = (float(v) for v in known if v is not None)
+    if alignment < ALIKE or elsewhere < ALIKE * alignment or retrieval > GUESSES * chance:
+        return None
+    words = f"alignment is {alignment:.3g}, but {elsewhere:.3g} with another case, and retrieval {retrieval:.2g} (chance {chance:.2g})"
+    return Verdict("COLLAPSING", f"{words}: all bins get one answer. {_advice(now)}")
 
 
 def _advice(now: Mapping[str, Any]) -> str:
