@@ -30,6 +30,7 @@ from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
 from nnunetv2_cva.datasets.next_steps import device
 from nnunetv2_cva.installation.recipes import recipes
+from nnunetv2_cva.plan import counted
 from nnunetv2_cva.views.index import read_index
 
 ROOT = Path(__file__).parents[1]
@@ -673,8 +674,9 @@ def test_the_recipe_says_what_it_recomputes():
     assert counting().usual == DEFAULT.gradient_checkpointing and counting({"gradient_checkpointing": True}).usual is True
 
 
-def test_a_plan_fits_onto_the_card_it_is_made_for(folders, capsys):
-    _, preprocessed = folders
+def test_a_plan_fits_onto_the_card_it_is_made_for(folders, monkeypatch, capsys):
+    """With the count itself."""
+    monkeypatch.setattr("nnunetv2_cva.plan.counted", counted)
     for gb, cases in ((24, 4), (1.2, 2)):
         assert call("-d", 500, "--preset", "tiny", "--gpu-memory", gb, "--batch-size", cases, "--view", 16, 16, 16) == 0
         out = capsys.readouterr().out
