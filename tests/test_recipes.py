@@ -49,7 +49,7 @@ def differences(a, b):
 
 def test_there_is_a_recipe_for_every_row_and_every_primus():
     rows = [PREFIX + row for row in (*ROWS, "_Paper")] + [f"{PREFIX}{row}_PrimusM" for row in ROWS]
-    assert sorted(PRETRAINING) == sorted({*rows, *(PREFIX + size for size in SIZES)})
+    assert sorted(PRETRAINING) == sorted({*rows, *(PREFIX + size for size in SIZES), PREFIX + "_PrimusOfPlans"})
 
 
 @pytest.mark.parametrize("name", PRETRAINING)

@@ -18,6 +18,7 @@ from nnunetv2_cva.training.folder import LOCK, only_one, refuse_or_set_aside
 from nnunetv2_cva.training.progress import Progress, judge_skipped
 
 ENVIRONMENT = "nnUNet_cva"
+REST: dict = {"network_weights": {}, "optimizer_state": {}, "init_args": {}}
 SETTINGS = {"epochs": 3, "iterations_per_epoch": 3, "checkpoint_minutes": 1e-9}
 
 
@@ -200,7 +201,7 @@ def test_latest_rotates_and_a_damaged_one_is_named(tmp_path, monkeypatch, capsys
 
 def test_the_order_is_that_inside_the_files(tmp_path):
     for name, epoch, step in (("final", 3, 0), ("latest", 3, 2), ("previous", 2, 9)):
-        content = {"current_epoch": epoch, "cva": {"step": step, "heads": {}}}
+        content = {"current_epoch": epoch, "cva": {"step": step, "heads": {}}, **REST}
         checkpoint.save(content, tmp_path / f"checkpoint_{name}.pth")
         os.utime(tmp_path / f"checkpoint_{name}.pth", (epoch, epoch) if name != "previous" else (10, 10))
     assert checkpoint.newest(tmp_path)[0].name == "checkpoint_latest.pth"

@@ -361,7 +361,7 @@ def test_a_picture_that_cannot_be_written_costs_no_run(project, monkeypatch, cap
     monkeypatch.setattr("nnunetv2_cva.training.history.History.plot", full)
     trainer = train(nnUNetTrainerCVA)
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
-    assert capsys.readouterr().out.count("WARNING: metrics.jsonl and progress.png could not be written") == 2
+    assert capsys.readouterr().out.count("WARNING: metrics.jsonl, progress.png and views.png could not be written") == 2
 
 
 def test_nnunets_switch_for_the_best_checkpoint_names_it_in_the_end(finished, capsys):

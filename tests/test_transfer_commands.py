@@ -191,16 +191,19 @@ def test_targets_that_do_not_exist(tmp_path, there, capsys, arguments, expected)
     assert not (tmp_path / "w.pth").exists()
 
 
+def test_a_dataset_that_is_not_planned_says_how(tmp_path, there, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset009_New").mkdir(parents=True)
+    pretraining(tmp_path / "c.pth", target())
+    assert call("check", tmp_path / "c.pth", "-d", 9, "-c", "3d_fullres") == 2
+    assert "Dataset009_New is not planned. nnUNetv2_plan_and_preprocess -d 9 makes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
         ("dataset.json", "{}", r"dataset\.json states no labels"),
         ("dataset.json", '{"labels": {"background": 0}}', r"dataset\.json states no channel_names"),
-        (
-            "dataset.json",
-            '{"labels": {"background": 0}, "channel_names": {"T1": "a", "T2": "b"}}',
-            "counted from 0.*found T1, T2",
-        ),
         ("dataset.json", '{"labels": {"background": []}, "channel_names": {"0": "a"}}', "nnU-Net cannot read dataset.json"),
         ("dataset.json", "{broken", r"dataset\.json, line 1: expected JSON"),
         ("nnUNetPlans.json", "{}", "states no dataset_name: it is not a plans file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         trainer = "" if args.tr in (None, TRAINER) else f" -tr {args.tr}"
         print(f"\nWrote {args.o}; nnU-Net's loader takes it and every tensor is the same under every name. To use it:")
-        print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p or PLANS}{trainer} -pretrained_weights {args.o}")
+        where = f"{shlex.quote(args.d)} {shlex.quote(args.c)} FOLD -p {shlex.quote(args.p or PLANS)}{trainer}"
+        print(f"nnUNetv2_train {where} -pretrained_weights {shlex.quote(args.o)}")
     return 0
 
 

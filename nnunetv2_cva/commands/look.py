@@ -141,12 +141,18 @@ def _carried(pool: list[Image], networks: dict[str, Frozen], labels: dict[str, i
     rows = []
     for row, (mean, half) in means(found).items():
         each = np.array([c.dice for c in found if c.row == row])
-        rows.append([row, f"{mean:.3f} ± {half:.3f}", *(f"{np.nanmean(d):.3f}" for d in each.T)])
+        rows.append([row, f"{mean:.3f} ± {half:.3f}", *(_mean(d) for d in each.T)])
     return (
         f"Labels of a random window carried to a random window of another case by nearest features, {pairs} pairs: Dice",
         ["by", "mean, 95 % interval", *labels],
         rows,
     )
+
+
+def _mean(values: np.ndarray) -> str:
+    """Of what is known; nothing where no window shows the label."""
+    known = values[values == values]
+    return f"{known.mean():.3f}" if len(known) else "-"
 
 
 def _print(title: str, header: list[str], rows: list[list[Any]]) -> None:

@@ -11,8 +11,10 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
@@ -25,6 +27,7 @@ COMMANDS = (
     *("demo", "hook", "env", "trainers", "settings", "doctor", "bench"),
 )
 DEBUG = "--debug"
+NAMES = ("d", "c", "p", "tr", "dataset", "configuration", "plans", "trainer", "fold")  # of arguments that are names
 WITHIN = {"env": "hook"}  # commands whose parts are a class of this name in the module of another
 
 
@@ -36,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [a for a in argv if a != DEBUG]
     _speak_any_name()
     args = make_parser(argv).parse_args(argv)
+    warnings.filterwarnings("ignore", ".*torch.jit.interface.* is deprecated", FutureWarning)  # in timm, when it is imported
     try:
+        _check_names(args)
         return int(args.run(args))
     except (ValueError, OSError) as e:
         if debug:
@@ -46,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nnUNetv2_cva: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """That what names something in nnU-Net's folders leads nowhere else.
+
+    Raises:
+        ValueError: it holds a slash or the like.
+    """
+    for name in NAMES:
+        value = getattr(args, name, None)
+        for given in value if isinstance(value, list) else [value]:
+            if isinstance(given, str) and (re.search(r"[/\\\x00-\x1f]", given) or given in (".", "..") or len(given) > 200):
+                shown = given if len(given) <= 60 else f"{given[:60]}..."
+                raise ValueError(f"`{name}`: expected a name, found {shown!r}. Names hold no slashes and at most 200 characters.")
 
 
 def _sentence(error: Exception) -> str:

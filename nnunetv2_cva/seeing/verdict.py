@@ -1,9 +1,10 @@
 """Is it learning? One word from the recorded metrics of the epochs, with its reason in numbers.
 
-Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, nine objectives that learn and five that are
-made to collapse, and the runs of ``benchmarks/README.md``. In those that learn the effective rank of the features kept at least 0.6 of
-the highest it had, and the spread at least 0.5; in those that collapse both fall below a quarter within a few
-epochs. The thresholds stand between, nearer to what collapses. Longer runs of larger networks were not recorded: there they are a guess.
+Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
+made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
+0.6 of the highest it had; in runs that collapse it falls to 0.4 or less of what the untrained network has, or what the losses
+compare becomes one answer to all. The thresholds stand between. Longer runs of larger networks were not recorded: there they
+are a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
 
 ENOUGH = 4  # epochs before anything but collapse is said
-FALLEN, GONE = 0.3, 0.1  # of the highest effective rank or spread so far: collapsing, collapsed
+FALLEN, GONE = 0.45, 0.1  # of the highest effective rank or spread so far, or before the first step: collapsing, collapsed
+ALIKE = 0.9  # the cosine of corresponding bins, and the share of it that the same place in another case has: one answer to all
+GUESSES = 4.0  # times chance that retrieval has to exceed where all answers are alike
 LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
 STILL = 10  # epochs, or a fifth of the run where that is more, without a move: a plateau
 NOISES = 3.0  # a move is a change of more than so many standard deviations of the noise between epochs
@@ -40,7 +43,8 @@ def verdict(epochs: Sequence[Mapping[str, Any]]) -> Verdict:
     """What the metrics of all epochs so far (``metrics.jsonl``) say. A pure function of them.
 
     COLLAPSED, COLLAPSING: features lose their directions or lie closer together than they did. PLATEAU: nothing that is
-    watched has moved by more than its noise for long. LEARNING: something has. TOO EARLY: fewer than 4 epochs, or nothing has moved yet.
+    watched has moved by more than its noise for long. LEARNING: something has. TOO EARLY: fewer than 4 epochs, or nothing has
+    moved yet.
     """
     if not epochs:
         return Verdict("TOO EARLY", "no epoch has ended yet.")
@@ -54,15 +58,27 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
         values = [float(e[name]) for e in epochs if name in e]
         if not values:
             continue
-        highest = max(values)
+        highest = max(*values, float(now.get(f"{name}_start", 0.0)))
         share = values[-1] / highest if highest > 0 else 0.0
         words = f"{name.replace('_', ' ')} of the features is {values[-1]:.3g}, the highest was {highest:.3g}"
         if values[-1] < least or share < GONE:
             gone = f"at least {least:g} and {GONE:g} of the highest is expected"
             return Verdict("COLLAPSED", f"{words} ({gone}). {_advice(now)}")
-        if share < FALLEN and len(values) > 1:
+        if share < FALLEN:
             worst = worst or Verdict("COLLAPSING", f"{words}: less than {FALLEN:g} of it. {_advice(now)}")
-    return worst
+    return worst or _one_answer(now)
+
+
+def _one_answer(now: Mapping[str, Any]) -> Verdict | None:
+    """Where what the losses compare is the same for all bins of all cases: they agree, and tell nothing."""
+    known = [now.get(k) for k in ("alignment", "alignment_null", "retrieval", "retrieval_chance")]
+    if any(v is None for v in known):
+        return None
+    alignment, elsewhere, retrieval, chance = (float(v) for v in known if v is not None)
+    if alignment < ALIKE or elsewhere < ALIKE * alignment or retrieval > GUESSES * chance:
+        return None
+    words = f"alignment is {alignment:.3g}, but {elsewhere:.3g} with another case, and retrieval {retrieval:.2g} (chance {chance:.2g})"
+    return Verdict("COLLAPSING", f"{words}: all bins get one answer. {_advice(now)}")
 
 
 def _advice(now: Mapping[str, Any]) -> str:
@@ -102,7 +118,8 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     noise; None where it never did.
 
     The noise is the standard deviation of the differences from each epoch to the next, by their median and over the root of
-    two, which a trend hardly changes. A move is a new best, better by three of these than the last one that was a move.
+    two, which a trend hardly changes. A move is a new best of two epochs in a row, better by three of these than where the
+    last move led, at first than the median of the first epochs: one lucky epoch is none.
     """
     values = np.array([sign * float(e[name]) for e in epochs if name in e])
     if len(values) < ENOUGH:
@@ -110,8 +127,9 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     steps = np.diff(values)
     noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
     noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
-    anchor, at = values[0], None
-    for n, value in enumerate(values):
+    lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
+    anchor, at = float(np.median(values[:3])), None
+    for n, value in enumerate(lasting, 1):
         if value > anchor + NOISES * noise:
-            anchor, at = value, n
+            anchor, at = float(value), n
     return None if at is None else (len(values) - 1 - at, name, sign * float(values[at] - values[0]), noise)

@@ -102,7 +102,7 @@ def load(path: str | Path) -> dict[str, Any]:
         checkpoint = opened(path, mapped=False)
     except NeedsOption as e:  # nnUNetv2_train has no such option
         raise ValueError(f"{e.reason} It was not written by this package: continue from a checkpoint that was.") from None
-    if "cva" not in checkpoint:
+    if not isinstance(checkpoint.get("cva"), dict):
         raise ValueError(
             f"{path} is not a checkpoint of a pretraining trainer (no entry 'cva'). Weights of other trainers are a start, not "
             "something to resume: pass the file with -pretrained_weights."
@@ -117,6 +117,9 @@ def load_whole(path: str | Path) -> dict[str, Any]:
         ValueError: it holds weights only.
     """
     content = load(path)
+    missing = [k for k in ("network_weights", "optimizer_state", "current_epoch", "init_args") if k not in content]
+    if "heads" in content["cva"] and missing:
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}.")
     if "heads" not in content["cva"]:
         raise ValueError(
             f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."

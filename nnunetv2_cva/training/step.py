@@ -96,7 +96,7 @@ class TrainingStep:
 
     def _update(self, total: Tensor) -> tuple[bool, Tensor]:
         """Clip and step. Returns whether the weights may have moved, and 1.0 where the batch's loss or gradient was not finite,
-        in which case they have not: known to the device only, without waiting for it."""
+        in which case they have not: known to the device only, without waiting for it. The teacher goes on following."""
         optimizer, scaler = self.run.optimizer, self.run.scaler
         parameters = optimizer.param_groups[0]["params"]
         if scaler is None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -27,6 +28,7 @@ from nnunetv2_cva.files import write_json
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
+from nnunetv2_cva.seeing.verdict import verdict
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import messages
 from nnunetv2_cva.training.attention import choose, preferring
@@ -37,7 +39,9 @@ from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.progress import Progress, judge_skipped
+from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
+from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
 from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.training.stopping import EXIT_CODE, Stopped, Stopping
 from nnunetv2_cva.training.watching import criterion, score
@@ -179,6 +183,9 @@ class CVATrainer(nnUNetTrainer):
         has_teacher = self.teacher is not None
         for line in messages.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
             self.print_to_log_file(line)
+        if self.is_ddp:
+            shares = ", ".join(map(str, self.data.share.per_rank))
+            self.print_to_log_file(f"Cases of a step on each of {dist.get_world_size()} processes: {shares}.")
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
@@ -195,9 +202,13 @@ class CVATrainer(nnUNetTrainer):
             self.objective,
             attention=partial(preferring, self._choose_attention()),
         )
+        self._at_start = self._measure_start()
         its = self.config.iterations_per_epoch
         self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
         first = self.current_epoch * its + len(self._progress.outputs)
+        self._views = Views(self.output_folder, self.num_epochs)
+        self._bar = RunBar(self.num_epochs * its, first, self.local_rank == 0)
+        self._board = Board(self.output_folder, self.local_rank == 0)
         batches = self.data.batches(first, self.num_epochs * its)
         self.dataloader_train = DeviceBatches(batches, Lane(self.device)) if self.device.type == "cuda" else batches
         if self._resumed is not None:
@@ -289,6 +300,7 @@ class CVATrainer(nnUNetTrainer):
         fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
         if isfile(fingerprint):
             shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
+        note_watched(Path(self.output_folder), self.preprocessed_dataset_folder, self.data.watched)
         self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
@@ -324,8 +336,12 @@ class CVATrainer(nnUNetTrainer):
         except torch.cuda.OutOfMemoryError as e:
             raise RuntimeError(messages.out_of_memory(e, self.config)) from e
         self._pace.tick()
+        self._bar.tick()
         output = {**losses, "overlap": batch["overlap"].mean()}
         self._progress.outputs.append(output)
+        last = len(self._progress.outputs) == self.config.iterations_per_epoch
+        if last and self.local_rank == 0 and self._views.due(self.current_epoch):
+            self._views.keep(ready, 2 if self.config.needs_second_view else 1)
         self._stop_if_told()
         return output
 
@@ -343,6 +359,12 @@ class CVATrainer(nnUNetTrainer):
                 f"Exit code {EXIT_CODE}."
             )
             raise Stopped
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """nnU-Net's, beside the progress bar of the run where there is one."""
+        bar: RunBar | None = getattr(self, "_bar", None)
+        with nullcontext() if bar is None else bar.aside():
+            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of a step."""
@@ -369,11 +391,17 @@ class CVATrainer(nnUNetTrainer):
             "epoch": self.current_epoch,
             **{f"{name}_loss": value for name, value in means.items()},
             **self._nulls(),
+            **self._at_start,
             **others,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "data_wait": (whole.waited + self.dataloader_train.waited) / seconds,
             "seconds": seconds,
         }
+
+    def _measure_start(self) -> dict[str, float]:
+        """How much the features differ before the first step: what a verdict of collapse compares with."""
+        found = self.history.epochs[-1] if self.history.epochs else {f"{k}_start": v for k, v in self.watch().items()}
+        return {k: found[k] for k in ("effective_rank_start", "spread_start") if k in found}
 
     def _nulls(self) -> dict[str, float]:
         """What losses are when nothing was learned, as far as that follows from the settings."""
@@ -403,11 +431,13 @@ class CVATrainer(nnUNetTrainer):
         self._save(improved)
         if self.local_rank == 0:
             self._report(f"best so far: {key}" if improved else "")
+            self.print_to_log_file(f"  {verdict(self.history.epochs)}")
             try:
                 self.history.write()
                 self.history.plot()
+                self._views.draw(self.student, self.autocast)
             except OSError as e:  # a picture is not worth a run
-                self.print_to_log_file(f"WARNING: metrics.jsonl and progress.png could not be written ({e}).")
+                self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
 
     def _save(self, improved: bool) -> None:
         """Latest, where it is time, and best. Latest first: best alone cannot be continued."""
@@ -441,7 +471,7 @@ class CVATrainer(nnUNetTrainer):
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
         for line in messages.epoch(self.record, note):
             self.print_to_log_file(line)
-        for logger in self.logger.loggers:
+        for logger in (*self.logger.loggers, self._board):
             for name in messages.metrics(self.record):
                 logger.log(name, self.record[name], self.record["epoch"])
 
@@ -453,6 +483,8 @@ class CVATrainer(nnUNetTrainer):
             with suppress(FileNotFoundError):
                 os.remove(join(self.output_folder, name))
         self.dataloader_train.close()
+        self._bar.close()
+        self._board.close()
         empty_cache(self.device)
         self.print_to_log_file("Training done.")
 
@@ -463,6 +495,8 @@ class CVATrainer(nnUNetTrainer):
         if self.history.epochs:
             last = {k: round(v, 4) for k, v in self.history.epochs[-1].items()}
             self.print_to_log_file(f"Metrics of the last epoch: {last}")
+            self.print_to_log_file(str(verdict(self.history.epochs)))
+            report_quietly(self.output_folder, self.print_to_log_file)
         if self.disable_checkpointing:
             self.print_to_log_file("Nothing was saved (--disable_checkpointing): there are no weights to fine-tune from.")
             return

@@ -12,6 +12,7 @@ from nnunetv2_cva import __version__, nnunet
 from nnunetv2_cva.model.family import Family
 from nnunetv2_cva.transfer.licence import chosen, terms
 
+NO_RESAMPLING = "no_resampling_hack"  # nnU-Net's name for leaving images at their spacing
 CITATIONS = {
     "Consistent View Alignment": "Vaish, P., et al. (2025). Consistent View Alignment Improves Foundation Models for 3D Medical "
     "Image Segmentation. arXiv preprint arXiv:2509.13846.",
@@ -75,7 +76,7 @@ def from_training(
         "family": ours.get("family"),
     }
     if found := settings(plans, configuration):
-        card["spacing"] = found.get("spacing")
+        card["spacing"] = None if found.get("resampling_fn_data") == NO_RESAMPLING else found.get("spacing")
         card["normalization_schemes"] = found.get("normalization_schemes")
         card["view_size"] = found.get("patch_size")
     data = dataset_json or {}

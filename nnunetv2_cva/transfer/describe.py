@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nnunetv2_cva.model.family import UNKNOWN, Names
 from nnunetv2_cva.transfer.card import entry, plain
 from nnunetv2_cva.transfer.licence import NOT_STATED
-from nnunetv2_cva.transfer.read import NNSSL, read
+from nnunetv2_cva.transfer.read import Source, read
 
 # What has a line of its own, is said elsewhere, or is long: the plans, and the family of the network.
 _SAID = {"trainer", "configuration", "spacing", "normalization_schemes", "view_size", "epochs", "metrics", "config", "branch"}
@@ -49,14 +50,14 @@ def describe(file: str, trust: bool = False) -> Description:
         ("channels", data.get("channel_names")),
         ("plans", plans.get("plans_name")),
         ("configuration", card.get("configuration")),
-        ("spacing", card.get("spacing") or ("not resampled" if "spacing" in card and source.kind == NNSSL else None)),
+        ("spacing", card.get("spacing") or ("not resampled" if "spacing" in card and plans else None)),
         ("normalisation", card.get("normalization_schemes")),
         ("view size", card.get("view_size")),
         ("epochs", card.get("epochs")),
         ("metrics", card.get("metrics")),
         ("settings", card.get("config")),
         ("branch", source.branch),
-        ("decoder", ", ".join(source.decoder)),
+        ("decoder", ", ".join(source.decoder) if _has_decoder(source) else "none in the file"),
         ("version", card.get("version")),
         ("exported with", card.get("exported_with")),
         ("licence", card.get("licence") or NOT_STATED),
@@ -77,6 +78,11 @@ def describe(file: str, trust: bool = False) -> Description:
         "card": plain(card),
     }
     return Description(said, everything)
+
+
+def _has_decoder(source: Source) -> bool:
+    names = Names(source.layout.family, source.weights)
+    return source.layout.family == UNKNOWN.family or any(names.part(key)[1] == "decoder" for key in source.weights)
 
 
 def _once(weights: Mapping[str, Tensor]) -> list[Tensor]:

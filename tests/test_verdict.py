@@ -1,0 +1,127 @@
+"""The verdict from recorded metrics: what collapses is seen within a few epochs, what learns is never called so."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_cva.seeing.verdict import verdict
+from nnunetv2_cva.training.metrics import collapse_metrics, null_metrics, pair_metrics
+
+RECORDED = [json.loads(line) for line in (Path(__file__).parent / "recorded_runs.jsonl").read_text().splitlines()]
+COLLAPSES = {
+    "no stop-gradient",
+    "momentum 0, constant images",
+    "huge learning rate",
+    "weight decay only",
+    "features pulled together",
+}
+BAD = ("COLLAPSING", "COLLAPSED")
+
+
+def run(**metrics):
+    """Epochs with these metrics, lists of one length."""
+    return [{"epoch": n, **{k: v[n] for k, v in metrics.items()}} for n in range(len(next(iter(metrics.values()))))]
+
+
+def said(epochs):
+    return [verdict(epochs[: n + 1]).state for n in range(len(epochs))]
+
+
+@pytest.mark.parametrize("recorded", [r for r in RECORDED if r["run"] not in COLLAPSES], ids=lambda r: f"{r['run']}-{r['seed']}")
+def test_a_run_that_learns_is_never_called_collapsing(recorded):
+    assert not set(said(recorded["epochs"])) & set(BAD)
+
+
+@pytest.mark.parametrize("recorded", [r for r in RECORDED if r["run"] in COLLAPSES], ids=lambda r: f"{r['run']}-{r['seed']}")
+def test_a_run_made_to_collapse_is_seen_within_a_few_epochs(recorded):
+    states = said(recorded["epochs"])
+    assert set(states[:6]) & set(BAD), [(e.get("effective_rank"), e.get("spread")) for e in recorded["epochs"]]
+
+
+def test_recorded_are_runs_that_learn_and_runs_that_collapse():
+    assert len({r["run"] for r in RECORDED} - COLLAPSES) >= 2 and len({r["run"] for r in RECORDED} & COLLAPSES) >= 2
+
+
+def test_before_anything_can_be_said():
+    assert verdict([]).state == "TOO EARLY"
+    assert verdict(run(retrieval=[0.1, 0.2, 0.3])).state == "TOO EARLY"
+
+
+def test_rising_retrieval_is_learning_with_its_numbers():
+    found = verdict(run(retrieval=np.linspace(0.01, 0.4, 12).tolist(), effective_rank=[60.0] * 12))
+    assert found.state == "LEARNING" and "retrieval has changed by +0.39" in found.reason
+
+
+def test_what_stands_still_for_long_is_a_plateau_and_says_since_when():
+    rng = np.random.default_rng(0)
+    curve = np.concatenate([np.linspace(0, 0.5, 10), np.full(25, 0.5)]) + rng.normal(0, 0.003, 35)
+    epochs = run(retrieval=curve.tolist(), effective_rank=[60.0] * 35)
+    states = said(epochs)
+    assert states[12] == "LEARNING" and states[-1] == "PLATEAU"
+    ago = int(verdict(epochs).reason.split("noise ")[1].split(" epochs ago")[0])
+    assert 20 <= ago <= 26
+
+
+def test_noise_alone_is_rarely_learning_and_a_trend_twice_as_large_as_the_noise_is():
+    wrong = right = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        wrong += verdict(run(watched_loss=rng.normal(1, 0.1, 30).tolist())).state != "PLATEAU"
+        right += verdict(run(watched_loss=(np.linspace(1, 0.8, 15) + rng.normal(0, 0.02, 15)).tolist())).state == "LEARNING"
+    assert wrong <= 2 and right >= 36
+
+
+def test_a_falling_loss_is_learning_where_nothing_else_is_watched():
+    epochs = run(watched_loss=np.geomspace(3, 1, 9).tolist(), effective_rank=np.linspace(50, 40, 9).tolist())
+    assert verdict(epochs).state == "LEARNING"
+
+
+@pytest.mark.parametrize(
+    "name, values, expected",
+    [
+        ("effective_rank", [90.0, 80.0, 60.0, 25.0], "COLLAPSING"),
+        ("effective_rank", [90.0, 60.0, 20.0, 5.0], "COLLAPSED"),
+        ("effective_rank", [90.0, 1.5], "COLLAPSED"),
+        ("spread", [0.6, 0.5, 0.15], "COLLAPSING"),
+        ("spread", [0.6, 0.3, 0.01], "COLLAPSED"),
+        ("effective_rank", [90.0, 80.0, 60.0, 55.0], "LEARNING"),
+    ],
+)
+def test_collapse_outweighs_everything_and_says_its_numbers(name, values, expected):
+    found = verdict(run(**{name: values, "retrieval": np.linspace(0, 0.9, len(values)).tolist()}))
+    assert found.state == expected
+    if expected in BAD:
+        assert f"{values[-1]:.3g}" in found.reason and f"{max(values):.3g}" in found.reason
+
+
+def test_a_verdict_depends_on_nothing_but_the_metrics():
+    epochs = run(retrieval=[0.1, 0.2, 0.3, 0.4, 0.5], learning_rate=[1.0] * 5)
+    again = [dict(e, seconds=9.0) for e in epochs]
+    assert verdict(epochs) == verdict(again)
+
+
+# ---- the metrics it reads
+
+
+def test_effective_rank_sees_complete_collapse_under_rounding():
+    constant = torch.ones(200, 8) * torch.randn(8) + 1e-7 * torch.randn(200, 8)
+    assert collapse_metrics(constant)["effective_rank"] == pytest.approx(1, abs=1e-3)
+    assert collapse_metrics(torch.zeros(50, 8))["effective_rank"] == pytest.approx(1)
+    healthy = torch.randn(5000, 8) + 3
+    assert collapse_metrics(healthy)["effective_rank"] == pytest.approx(8, abs=0.05)
+    line = torch.randn(200, 1) * torch.randn(8) + torch.randn(8)
+    assert collapse_metrics(line)["effective_rank"] == pytest.approx(1, abs=0.05)
+
+
+def test_a_null_is_the_same_place_in_another_case():
+    place = torch.randn(1, 30, 16)
+    by_place = place.expand(3, -1, -1) + 0.01 * torch.randn(3, 30, 16)
+    found, null = pair_metrics(by_place, by_place), null_metrics(by_place, by_place)
+    assert null["alignment_null"] == pytest.approx(found["alignment"], abs=0.01) and null["retrieval_null"] == 1
+    by_anatomy = torch.randn(3, 30, 16)
+    null = null_metrics(by_anatomy, by_anatomy)
+    assert abs(null["alignment_null"]) < 0.2 and null["retrieval_null"] < 0.3
+    assert null_metrics(place, place) == {}
