@@ -22,7 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
 
-from nnunetv2_cva.config import DEFAULT, CVAConfig
+from nnunetv2_cva.config import DEFAULT
 
 ENVIRONMENT = "nnUNet_cva"
 

@@ -271,6 +271,11 @@ def test_a_short_run_of_sgd_is_warned_of_with_numbers():
         return [line for line in lines if line.startswith("WARNING")]
 
     (warning,) = warnings(optimizer="sgd", epochs=20, iterations_per_epoch=50)
-    assert "1000 iterations of SGD at learning_rate 0.01" in warning and "0 of 6 splits" in warning and "62500" in warning
+    assert (
+        "1000 iterations of SGD at learning_rate 0.01" in warning
+        and "0 of 5 splits" in warning
+        and "fresh decoder" in warning
+        and "62500" in warning
+    )
     assert not warnings(optimizer="sgd", epochs=250)
     assert not warnings(optimizer="adamw", epochs=20, iterations_per_epoch=50)
