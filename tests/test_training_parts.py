@@ -153,7 +153,7 @@ def test_shared_storage_stays_shared(tmp_path):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint_latest.pth"
-    checkpoint.save({"cva": 1}, path)
+    checkpoint.save({"cva": {"version": "1"}}, path)
 
     def full(obj, file):
         file.write(b"half")
@@ -161,8 +161,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left.*checkpoint_latest.pth is untouched.*--c"):
-        checkpoint.save({"cva": 2}, path)
-    assert checkpoint.load(path) == {"cva": 1}
+        checkpoint.save({"cva": {"version": "2"}}, path)
+    assert checkpoint.load(path) == {"cva": {"version": "1"}}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
