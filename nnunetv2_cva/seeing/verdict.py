@@ -77,7 +77,7 @@ def _one_answer(now: Mapping[str, Any]) -> Verdict | None:
     alignment, elsewhere, retrieval, chance = (float(v) for v in known if v is not None)
     if alignment < ALIKE or elsewhere < ALIKE * alignment or retrieval > GUESSES * chance:
         return None
-    words = f"alignment is {alignment:.3g}, but {elsewhere:.3g} with another case, and retrieval {retrieval:.2g} (chance {chance:.2g})"
+    words = f"alignment is {alignment:.3g}, {elsewhere:.3g} with another case, retrieval {retrieval:.2g} (chance {chance:.2g})"
     return Verdict("COLLAPSING", f"{words}: all bins get one answer. {_advice(now)}")
 
 
