@@ -2,6 +2,8 @@
 # make test        install into .venv and run linters and tests (what CI runs)
 # make test-all    the same with the longer tests
 # make lint        linters only
+# make test-oldest the tests with the oldest versions that the metadata allows, in .venv-oldest (uv resolves them)
+# make test-newest the tests with the newest ones, in .venv-newest
 # make bench       the speed benchmarks, about ten minutes (benchmarks/speed.md)
 # make venv        install only
 #
@@ -13,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench venv
+.PHONY: demo test test-all test-oldest test-newest lint bench venv
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -27,6 +29,19 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m ""
+
+test-oldest:
+	$(MAKE) resolved WHICH=oldest RESOLUTION=lowest-direct
+
+test-newest:
+	$(MAKE) resolved WHICH=newest RESOLUTION=highest
+
+.PHONY: resolved
+resolved: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$(WHICH)
+	$(BIN)/uv pip install --python .venv-$(WHICH)/bin/python --resolution $(RESOLUTION) -e ".[dev]"
+	OMP_NUM_THREADS=1 .venv-$(WHICH)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, items
 from hippocampus import NAME, prepare
 from light import Protocol, Recipe
 from nulls import nulls
-from tables import null_table, table
+from tables import comparisons, null_table, table
 
 TEST = {"hippocampus": 20, "made up": 10}  # cases in no training
 SCORED = {"hippocampus": 12, "made up": 6}  # of these, after a fine-tuning
@@ -92,13 +92,15 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def run(names: list[str], seeds: list[int] | None, raw: Path, folder: Path) -> None:
+def run(names: list[str], seeds: list[int] | None, recipes: list[str] | None, raw: Path, folder: Path) -> None:
     file = folder / "evidence.jsonl"
     done = read(file)
     for name in names:
         e = EXPERIMENTS[name]
         bench = Bench(e.data, raw, folder)
         for item in items(e, tuple(s for s in e.seeds if seeds is None or s in seeds)):
+            if recipes is not None and item["recipe"] not in recipes:
+                continue
             if any(item.items() <= d.items() for d in done):
                 continue
             done.append(bench.do(item))
@@ -112,16 +114,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--run", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, nargs="+", help="of the pretraining; default: the experiment's")
+    parser.add_argument("--recipes", nargs="+", choices=[SCRATCH, *RECIPES])
     parser.add_argument("--table", nargs="*", choices=EXPERIMENTS)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.run:
-        run(args.run, args.seeds, args.raw, args.folder)
+        run(args.run, args.seeds, args.recipes, args.raw, args.folder)
     if args.table is not None:
         results = read(args.folder / "evidence.jsonl")
         print("\n\n".join(table(name, results) for name in args.table or EXPERIMENTS))
-        print("\n" + "\n\n".join(null_table(results, data) for data in TEST))
+        print("\n" + comparisons(results) + "\n")
+        print("\n\n".join(null_table(results, data) for data in TEST))
     if args.list:
         print("\n".join(f"{name}: {', '.join(e.recipes)}. {e.expected}" for name, e in EXPERIMENTS.items()))
 

@@ -13,6 +13,7 @@ it has found so far, and is tried again by a later call when all others have had
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import subprocess
@@ -106,12 +107,20 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def measure(out: Path, device: str, minutes: float, only: list[str]) -> None:
-    """Item after item while there is time."""
+    """Item after item while there is time.
+
+    Raises:
+        ValueError: another call is at work there, or results are another device's.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    results = load(out, device)
-    collect(out, results, "cut off", "the whole call was cut off")
     end = monotonic() + 60 * minutes
     with open(out / LOG, "a+", errors="replace") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another call is measuring into {out}. Wait for it, or give another folder with --out.") from None
+        results = load(out, device)
+        collect(out, results, "cut off", "the whole call was cut off")
         for item in order(results):
             left = end - monotonic()
             if only and item.name not in only:

@@ -76,10 +76,10 @@ def make(trainer_class: type, fold: int):
 
 
 def pretrain(repeat: int, epochs: int, iterations: int) -> Path:
-    from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
+    from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA_Paper
 
     os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations, "seed": repeat})
-    trainer = make(nnUNetTrainerCVA, 1)
+    trainer = make(nnUNetTrainerCVA_Paper, 1)
     kept = Path(trainer.output_folder).with_name(f"repeat_{repeat}")
     if not kept.exists():
         trainer.run_training()

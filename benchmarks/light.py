@@ -175,7 +175,7 @@ def patches(data: Labelled, keys: list[str], view: tuple[int, ...], count: int, 
         begin = [int(np.clip(b, min(0, s - v), max(0, s - v))) for b, s, v in zip(begin, shape, view)]
         inner = tuple(slice(max(0, b), min(s, b + v)) for b, s, v in zip(begin, shape, view))
         outer = tuple(slice(i.start - b, i.stop - b) for i, b in zip(inner, begin))
-        flips = [axis for axis in range(3) if rng.random() < 0.5]
+        flips = tuple(axis for axis in range(3) if rng.random() < 0.5)
         images[n, 0][outer], labels[n, 0][outer] = data.images[key][inner], data.labels[key][inner]
         images[n, 0], labels[n, 0] = np.flip(images[n, 0], flips), np.flip(labels[n, 0], flips)
     noise = torch.Generator().manual_seed(torch_seed("noise", *numbers))

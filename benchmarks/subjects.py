@@ -60,7 +60,7 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, int, CVAConfig]] = {
     "primusm_160": (lambda: primus(864, 16, 12, 160), 160, 4, ADAMW),
     "small_unet": (lambda: unet([16, 32, 64, 96], [1, 2, 2, 2]), 64, 2, CVAConfig(head_width=512, predictor_width=128)),
     "small_primus": (lambda: primus(384, 6, 8, 64), 64, 2, ADAMW.updated({"head_width": 512, "predictor_width": 128}, "small")),
-    "tiny_unet": (lambda: unet([8, 16, 24], [1, 1, 1]), 32, 2, CVAConfig(head_width=64, predictor_width=16)),
+    "tiny_unet": (lambda: unet([4, 8, 12], [1, 1, 1]), 32, 2, CVAConfig(head_width=64, predictor_width=16)),
     "tiny_primus": (lambda: primus(96, 2, 4, 32), 32, 2, ADAMW.updated({"head_width": 64, "predictor_width": 16}, "tiny")),
 }
 PAPER = ("resencl_128", "primusm_160")

@@ -27,7 +27,7 @@ from nnunetv2_cva.settings import (
     setting,
 )
 
-__all__ = ["CVAConfig", "FinetuneConfig", "PRIMUS", "check_resumable", "document", "explanations", "resolve"]
+__all__ = ["CVAConfig", "DEFAULT", "FinetuneConfig", "PRIMUS", "UNET", "check_resumable", "document", "explanations", "resolve"]
 
 MASK_BLOCKS, LEAST_BLOCKS = (16, 8, 4), 32  # edges in voxels, the paper's first; of a view
 MAX_WARMUP_EPOCHS = 50  # of a fine-tuning, unless set
@@ -36,7 +36,15 @@ _BELOW_ONE = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
 _BETAS = Range("two numbers in [0, 1)", lambda v: all(0 <= b < 1 for b in v))
 _COUNT_OR_NULL = Range("null or an integer >= 0", lambda v: v is None or v >= 0)
 
-# The paper's optimisation of Primus-M (its U-Nets have the defaults of CVAConfig), and half of the memory for some of the time.
+# How U-Nets are pretrained unless something else is asked for, chosen by measurement (benchmarks/evidence.md).
+UNET: dict[str, Any] = {
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-2,
+    "warmup_epochs": None,
+    "spatial": "independent",
+}
+# The paper's optimisation of Primus-M, and half of the memory for some of the time.
 PRIMUS: dict[str, Any] = {
     "optimizer": "adamw",
     "learning_rate": 3e-4,
@@ -65,7 +73,8 @@ _machine = partial(_run, may_change=True)
 
 @dataclass(frozen=True)
 class CVAConfig(Settings):
-    """Everything of the method that is not in nnU-Net's plans. Defaults: the paper's MAE+CVA+Cont on U-Nets.
+    """Everything of the method that is not in nnU-Net's plans. Defaults: the paper's MAE+CVA+Cont on U-Nets; what
+    ``nnUNetTrainerCVA`` does instead is ``DEFAULT``.
 
     Lengths are in voxels of the preprocessed case, probabilities in [0, 1]; ``*_p`` is how often a transform is applied.
     ``(low, high)`` pairs are ranges of a uniform draw.
@@ -144,7 +153,9 @@ class CVAConfig(Settings):
     momentum: float = _optimisation(0.99, "of SGD", _BELOW_ONE)
     betas: tuple[float, float] = _optimisation((0.9, 0.98), "of AdamW", _BETAS)
     gradient_clip: float = _optimisation(12.0, "largest norm of a step's gradient", POSITIVE)
-    warmup_epochs: int = _optimisation(0, "epochs of linearly rising learning rate", COUNT)
+    warmup_epochs: int | None = _optimisation(
+        0, "epochs of linearly rising learning rate; null: a tenth of epochs", _COUNT_OR_NULL
+    )
     epochs: int = _optimisation(250, "length of the training", POSITIVE_INTEGER, may_change=True)
     iterations_per_epoch: int = _optimisation(250, "steps of an epoch", POSITIVE_INTEGER)
 
@@ -174,6 +185,13 @@ class CVAConfig(Settings):
     )
     prefetch: int = _machine(2, "steps that each worker prepares ahead", POSITIVE_INTEGER)
     checkpoint_minutes: float = _machine(15.0, "time between checkpoints, as far as epochs end", POSITIVE)
+    stop_after_minutes: float | None = _machine(
+        None,
+        "save and end with code 75 when this time is over, as on SIGTERM; null: no limit",
+        Range("null or a positive number", lambda v: v is None or v > 0),
+    )
+    set_aside: bool = _machine(False, "a run that lies where a new one would be written is moved aside, instead of refusing")
+    other_cases: bool = _machine(False, "continue although the training cases are not those that the run began with")
     watched_cases: int = _run(8, 'cases kept back when fold is "all", whose pairs show how training goes', POSITIVE_INTEGER)
     check_seconds: float = _machine(
         60.0, "how long voxels are checked for NaN/Inf before training; the rest when they are read", NOT_NEGATIVE
@@ -213,7 +231,10 @@ class CVAConfig(Settings):
     @property
     def warmup(self) -> int:
         """Epochs of warm-up."""
-        return self.warmup_epochs
+        return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+
+
+DEFAULT = CVAConfig(**UNET)  # of nnUNetTrainerCVA
 
 
 @dataclass(frozen=True)
@@ -254,7 +275,7 @@ def explanations(beginning: str = "", markdown: bool = False) -> list[str]:
     if markdown:
         return document()
     lines = []
-    for config in (CVAConfig(), FinetuneConfig()):
+    for config in (DEFAULT, FinetuneConfig()):
         found = [s for s in explained(config) if s.name.startswith(beginning)]
         if found:
             lines += [f'"{config.BLOCK}" of a configuration in the plans, or {config.VARIABLE}:']
@@ -264,7 +285,7 @@ def explanations(beginning: str = "", markdown: bool = False) -> list[str]:
                 f"      {s.meaning}{'' if s.fixed else ' [may change when a run is continued]'}",
             ]
     if not lines:
-        known = dict.fromkeys(s.name for config in (CVAConfig(), FinetuneConfig()) for s in explained(config))
+        known = dict.fromkeys(s.name for config in (DEFAULT, FinetuneConfig()) for s in explained(config))
         raise ValueError(f"No setting begins with {beginning!r}. There are: {', '.join(known)}.")
     return lines
 
@@ -275,11 +296,11 @@ def document() -> list[str]:
         "# Settings",
         "",
         "Written by `nnUNetv2_cva settings` as Markdown: change `nnunetv2_cva/config.py` instead. Defaults are those of",
-        "`nnUNetTrainerCVA`, the paper's MAE+CVA+Cont on U-Nets. Later wins: the recipe, the block of the plans' configuration",
+        "`nnUNetTrainerCVA`, MAE+CVA+Cont on U-Nets. Later wins: the recipe, the block of the plans' configuration",
         "(setting by setting along `inherits_from`), the environment variable (JSON). View size and cases per step are the",
         "configuration's `patch_size` and `batch_size`. A run that is continued may change what is marked *.",
     ]
-    for config, title in ((CVAConfig(), "Pretraining"), (FinetuneConfig(), "Fine-tuning")):
+    for config, title in ((DEFAULT, "Pretraining"), (FinetuneConfig(), "Fine-tuning")):
         lines += ["", f"## {title}: block `{config.BLOCK}`, environment variable `{config.VARIABLE}`"]
         group = None
         for s in explained(config):

@@ -72,6 +72,8 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: expected JSON in UTF-8, found another encoding. Save it as UTF-8.") from None
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}.") from None
+    except (RecursionError, ValueError):  # thousands of brackets, or of digits
+        raise ValueError(f"{path}: expected JSON, found something that no program writes. Restore the file.") from None
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.config import DEFAULT, CVAConfig, resolve
 from nnunetv2_cva.datasets import pictures
 from nnunetv2_cva.datasets.inventory import read_accepted
 from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS
@@ -110,7 +110,7 @@ def _of_images(folder: Path, most: int, said: list[str]) -> list[Sheet]:
     def sheet(number: int) -> Sheet:
         f = found[number]
         try:
-            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files)[0], f.spacing))
+            return Sheet(_title(f.key, f.shape), pictures.three_slices(read_images(f.files).images, f.spacing))
         except ValueError as e:
             raise ValueError(f"{f.files[0]}: {e}") from None
 
@@ -146,12 +146,12 @@ def _pairs(cases: Cases, most: int, size: list[int], config: CVAConfig, recipe: 
 def _config_of(recipe: Recipe, said: list[str]) -> CVAConfig:
     """The settings of a recipe, by nnU-Net's look-up; those of the default one where nnU-Net does not find it."""
     if recipe.name == Recipe().name:
-        return CVAConfig()
+        return DEFAULT
     try:
         config: CVAConfig = target.trainer_class(recipe.name).config
     except ValueError as e:
         said.append(f"NOTE: the views are drawn with the default recipe's settings. {e}")
-        return CVAConfig()
+        return DEFAULT
     return config
 
 

@@ -113,7 +113,7 @@ def resolve(recipe: Chosen, plans: Mapping[str, Any], configuration: str, enviro
     if text:
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{origin}: expected JSON such as '{{\"epochs\": 10}}', found {text!r} ({e}).") from None
         config = config.updated(values, origin)
     return config

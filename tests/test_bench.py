@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.training import bench, clock
+from nnunetv2_cva.training import trainer as trainer_module
 from nnunetv2_cva.training.bench import Speeds, advice, bench_trainer, measure, table, warnings
 from nnunetv2_cva.training.clock import make_clock
 from nnunetv2_cva.transfer import target
@@ -40,6 +42,16 @@ def test_the_command_prints_speeds_and_advice_and_leaves_nothing(project, capsys
         assert words in out, words
     assert "Each step: 2 cases, views of 16x24x16 voxels, float32" in out and "2 epochs of 2 steps would take" in out
     assert files(project) == before
+
+
+def test_the_kernel_of_attention_is_said_and_every_step_prefers_it(project, capsys, monkeypatch):
+    """Chosen at the start of a training; for a U-Net on a CPU there is nothing to choose."""
+    preferred = []
+    monkeypatch.setattr(trainer_module, "choose", lambda *given: preferred.append(given[2]) or ("flash", "Attention: flash."))
+    monkeypatch.setattr(trainer_module, "preferring", lambda kernel: preferred.append(kernel) or nullcontext())
+    assert main.main(["bench", "-d", "100", "-c", CONFIGURATION, "-device", "cpu", "--seconds", "0.1"]) == 0
+    assert capsys.readouterr().out.count("\nAttention: flash.\n") == 1
+    assert preferred[0] == 4 and len(preferred) > 2 and set(preferred[1:]) == {"flash"}, "4 views, then every step"
 
 
 class Simulated:

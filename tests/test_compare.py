@@ -3,15 +3,18 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.projects import NAME, add_labels, make_project
 
 from nnunetv2_cva.commands.main import main
+from nnunetv2_cva.comparing import unseen
 from nnunetv2_cva.comparing.arms import named
 from nnunetv2_cva.comparing.design import Request
 from nnunetv2_cva.comparing.run import run
+from nnunetv2_cva.datasets.leakage import HeldOut
 from nnunetv2_cva.transfer.target import find_target
 
 LENGTH = {"iterations": 10, "points": 2, "device": "cpu"}
@@ -67,16 +70,16 @@ def without_times(folder):
 
 
 def test_a_stopped_comparison_goes_on_and_finds_the_same(here, tmp_path):
-    asked = request(here, tmp_path / "stopped", labels=(2,))
+    asked = request(here, tmp_path / "stopped", labels=(2,), seeds=1)
     with pytest.raises(KeyboardInterrupt):
-        start(asked, stop_after=3)
+        start(asked, stop_after=1)
     (tmp_path / "stopped" / "jobs" / "torn.json.host.1.partial").write_text("{")
     outcome, said, done = start(asked)
     assert len(done) == 1 and outcome.unfinished == 0
     assert "voxel" not in said[1] and "No test case was pretrained on, by the split of its own training" in said[1]
     (tmp_path / "stopped" / "jobs" / "torn.json.host.1.partial").unlink()
-    _, _, again = start(request(here, tmp_path / "whole", labels=(2,)))
-    assert len(again) == 4
+    _, _, again = start(request(here, tmp_path / "whole", labels=(2,), seeds=1))
+    assert len(again) == 2
     assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole"), "the same numbers, stopped or not"
     content = json.loads((tmp_path / "whole" / "compare.json").read_text())
     assert content["unfinished"] == 0 and len(content["sentences"]) == 1 and content["sentences"] == list(outcome.sentences)
@@ -88,14 +91,14 @@ def test_a_stopped_comparison_goes_on_and_finds_the_same(here, tmp_path):
 
 
 def test_parts_together_are_the_whole_and_the_command_says_so(here, tmp_path, capsys):
-    words = ["compare", "-d", "100", "-c", "3d_fullres", "--weights", str(here / "fold_0.pth"), "--labels", "1", "--seeds", "2"]
+    words = ["compare", "-d", "100", "-c", "3d_fullres", "--weights", str(here / "fold_0.pth"), "--labels", "1", "--seeds", "1"]
     words += ["--iterations", "10", "--points", "1", "-o", str(tmp_path / "out"), "-device", "cpu", "-parts", "2", "-part"]
     assert main([*words, "0"]) == 0
     first = capsys.readouterr().out
-    assert "2 of 2: " in first and "2 trainings are not finished" in first
+    assert "1 of 1: " in first and "1 training is not finished" in first
     assert main([*words, "1"]) == 0
     second = capsys.readouterr().out
-    assert "not finished" not in second and re.search(r"fold_0 (gains|loses)|No gain shown of fold_0|Neither fold_0", second)
+    assert "not finished" not in second and re.search(r"fold_0 differs from scratch|Neither fold_0", second)
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
@@ -106,6 +109,32 @@ def test_a_pretraining_that_has_seen_test_cases_is_refused(here, tmp_path):
         start(request(here, tmp_path, weights=(str(here / "all.pth"),)))
     with pytest.raises(ValueError, match=r"fold_0.pth was pretrained on 2 of 2 test cases"):
         start(request(here, tmp_path / "other", fold=1))
+
+
+@pytest.mark.parametrize(("hit", "missing"), [((), 0), (("case_00",), 0), ((), 1)])
+def test_a_pretraining_that_was_planned_is_compared_by_voxels(here, tmp_path, monkeypatch, hit, missing):
+    """As ``plan`` lists its cases; which images are the same is tests/test_plan.py's."""
+    (tmp_path / "Dataset500_Images").mkdir()
+    (tmp_path / "Dataset500_Images" / "cases.csv").touch()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    monkeypatch.setattr(unseen, "read_accepted", lambda folder: [folder.name])
+    found = HeldOut("Dataset100_Tiny", 0, 2, hit, frozenset(), missing)
+    monkeypatch.setattr(unseen, "by_voxels", lambda target, accepted, *_: [found] if accepted == ["Dataset500_Images"] else [])
+    source = SimpleNamespace(card={"dataset": {"name": "Dataset500_Images"}}, path=Path("weights.pth"))
+    design = SimpleNamespace(dataset="Dataset100_Tiny", fold=0, test=("case_00", "case_01"))
+
+    def checked():
+        return unseen.check(source, None, design, 1, lambda *_: None)
+
+    if hit:
+        with pytest.raises(
+            ValueError, match=r"pretrained on 1 of 2 test cases \(case_00; voxel by voxel with the cases of Dataset500_I"
+        ):
+            checked()
+    elif missing:
+        assert "WARNING: could not check" in checked() and "1 of 2 of their images were not found" in checked()
+    else:
+        assert checked() == "No test case was pretrained on, voxel by voxel with the cases of Dataset500_Images."
 
 
 def test_what_cannot_be_checked_is_said(here, tmp_path):
@@ -148,6 +177,13 @@ def test_files_are_called_by_what_tells_them_apart(tmp_path):
     assert named([str(files[0]), str(files[1])]) == ["CVA", "MAE"]
     assert named([str(f) for f in files[1:3]] + [str(files[3])])[2] == "open_mind"
     assert named([str(files[0])]) == ["checkpoint_final"]
+    results = [
+        tmp_path / recipe / "fold_0" / "checkpoint_final.pth" for recipe in ("nnUNetTrainerCVA__P__3d", "nnUNetTrainerX__P__3d")
+    ]
+    for file in results:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert named([str(f) for f in results]) == ["nnUNetTrainerCVA", "nnUNetTrainerX"]
     names = named([str(f) for f in files])
     assert len(set(names)) == 4 and all(Path(n).name == n for n in names)
     with pytest.raises(ValueError, match="`weights`: a file is given twice"):

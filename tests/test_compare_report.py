@@ -157,7 +157,7 @@ def test_the_curve_ends_with_the_training(epochs, points, expected):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"weights": ()}, "`weights`: expected at least one file"),
+        ({"test": 0}, "`test`: expected 1 or more, found 0"),
         ({"labels": (1, 1)}, "`labels`: expected different positive numbers, found 1 1"),
         ({"labels": (0, 4)}, "`labels`: expected different positive numbers, found 0 4"),
         ({"seeds": 0}, "`seeds`: expected 1 or more, found 0"),

@@ -14,7 +14,8 @@ from nnunetv2_cva.commands import demo
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.demo import anatomy
 from nnunetv2_cva.demo.pictures import draw_pair_figure
-from nnunetv2_cva.demo.results import dice_table, features_table
+from nnunetv2_cva.demo.pipeline import Size
+from nnunetv2_cva.demo.results import carried_table, compared
 from nnunetv2_cva.demo.workspace import FILES, FOLDERS, Workspace, environment, output_to
 from nnunetv2_cva.views.geometry import draw_pair
 
@@ -25,7 +26,7 @@ from nnunetv2_cva.commands.demo import Steps
 from nnunetv2_cva.demo.flow import Size, play
 
 if __name__ == "__main__":
-    size = Size(images=6, labelled=2, test=2, pretraining=(2, 2), fine_tuning=(1, 2))
+    size = Size(images=6, test=3, pretraining=(2, 2), labels=1, splits=2, fine_tuning=10, scored=1, pairs=2)
     sys.exit(play(Path(sys.argv[1]), 0, "cpu", False, Steps, size))
 """
 
@@ -77,14 +78,14 @@ def test_brightness_alone_does_not_tell_the_structures():
 
 def test_the_dataset_is_in_nnunets_raw_layout(tmp_path):
     ticks = []
-    training, test = anatomy.write_dataset(tmp_path, 0, 2, 1, lambda: ticks.append(1))
-    assert (training, test, len(ticks)) == (["case_000", "case_001"], ["case_002"], 3)
-    image = sitk.ReadImage(str(tmp_path / "imagesTs" / "case_002_0000.nii.gz"))
+    names = anatomy.write_dataset(tmp_path, 0, 3, lambda: ticks.append(1))
+    assert (names, len(ticks)) == (["case_000", "case_001", "case_002"], 3)
+    image = sitk.ReadImage(str(tmp_path / "imagesTr" / "case_002_0000.nii.gz"))
     assert image.GetSpacing() == pytest.approx(anatomy.SPACING[::-1])
     assert np.array_equal(sitk.GetArrayFromImage(image), anatomy.make_case(0, 2)[0])
-    assert (tmp_path / "labelsTr" / "case_001.nii.gz").is_file() and (tmp_path / "labelsTs" / "case_002.nii.gz").is_file()
+    assert sorted(p.name for p in (tmp_path / "labelsTr").iterdir()) == [f"{name}.nii.gz" for name in names]
     description = json.loads((tmp_path / "dataset.json").read_text())
-    assert description["numTraining"] == 2 and description["labels"] == anatomy.LABELS
+    assert description["numTraining"] == 3 and description["labels"] == anatomy.LABELS
 
 
 # ---- folder, environment, output
@@ -157,17 +158,24 @@ def test_output_of_this_and_other_processes_goes_to_the_log(tmp_path, capfd):
 # ---- what is shown
 
 
-def test_tables():
-    dice = {"scratch": {"liver": [0.5, 0.7], "lesion": [0.0, 0.2]}, "pretrained": {"liver": [0.6, 0.6], "lesion": [0.4, 0.2]}}
-    assert [line.split() for line in dice_table(dice).splitlines()] == [
-        ["Dice", "from", "scratch", "pretrained", "difference"],
-        ["liver", "0.600", "0.600", "+0.000"],
-        ["lesion", "0.100", "0.300", "+0.200"],
-        ["mean", "0.350", "0.450", "+0.100"],
-        "Pretrained is better in 1 of 2 test cases (mean over structures).".split(),
+def test_what_was_found_is_said_with_its_interval():
+    rows = {"position": (0.2, 0.05), "intensity": (0.3, 0.04), "untrained": (0.31, 0.03), "pretrained": (0.45, 0.02)}
+    lines = carried_table(rows, 30).splitlines()
+    assert "30 random windows" in lines[0] and [line.split()[:4] for line in lines[1:]] == [
+        [row, f"{mean:.3f}", "+-", f"{half:.3f}"] for row, (mean, half) in rows.items()
     ]
-    table = features_table({"retrieval": 0.1, "seconds": 3.0}, {"retrieval": 0.25})
-    assert table.splitlines()[1].split()[:3] == ["retrieval", "0.100", "0.250"] and len(table.splitlines()) == 2
+    said = compared("labels  arm", ("No gain shown of a over scratch.",), Size(labels=2, splits=4, fine_tuning=250))
+    assert "for 250 iterations on 2 labelled cases, 4 splits" in said and said.endswith("No gain shown of a over scratch.")
+
+
+def test_the_time_that_remains_follows_from_the_shares_of_the_steps(tmp_path):
+    with open(tmp_path / "terminal", "w") as terminal:
+        steps = demo.Steps(terminal, {"first": 0.25, "second": 0.5, "third": 0.25})
+        assert steps.clock() == ""
+        steps.seconds["first"] = 60.0
+        assert steps.clock() == " (1.0 min so far, about 3 to go)"
+        steps.seconds["second"] = 240.0
+        assert steps.clock() == " (5.0 min so far, about 2 to go)"
 
 
 @pytest.mark.parametrize("rotation_p", [0.0, 1.0])
@@ -197,15 +205,19 @@ def test_the_whole_demo_in_small(tmp_path):
     folder = tmp_path / "demo"
     done = subprocess.run([sys.executable, "-c", SMALL, folder], capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
-    for expected in ("[6/6]", "Dice", "lesion", "feature_retrieval", str(folder / "predictions.png"), "hook install"):
+    for expected in ("[6/6]", "to go)", "untrained", "position", "scratch", str(folder / "look.html"), "hook install"):
         assert expected in done.stdout
     assert "Epoch" not in done.stdout and "Epoch" in (folder / "demo.log").read_text()
     record = json.loads((folder / "nnunetv2_cva_demo.json").read_text())
-    assert record["state"] == "complete" and record["dice"]["pretrained"].keys() == anatomy.LABELS.keys() - {"background"}
-    for picture in folder.glob("views.png"), folder.glob("predictions.png"), folder.rglob("fold_all/progress.png"):
+    assert record["state"] == "complete" and record["carried"].keys() == {"position", "intensity", "untrained", "pretrained"}
+    assert len(record["sentences"]) == 1 and len(record["test_cases"]) == 3
+    trained = [p.name for p in (folder / "demo_comparison" / "jobs").iterdir()]
+    assert len(trained) == 4, "from scratch and from the weights, two splits"
+    for picture in folder.glob("views.png"), folder.glob("look.png"), folder.rglob("curves.png"), folder.rglob("progress.png"):
         assert next(picture).stat().st_size > 10_000
-    log = (folder / "demo.log").read_text()
-    assert log.count("Loading pretrained weights from file") == 1
+    assert "canvas" in (folder / "look.html").read_text("utf-8")
+    config = json.loads(next(folder.rglob("cva_config.json")).read_text())
+    assert config["mask_block"] == 8, "as a view of 32x40x32 asks for"
 
 
 def test_a_step_that_fails_shows_the_log_and_where_it_is(tmp_path, monkeypatch, capfd):
@@ -227,7 +239,7 @@ def test_an_interrupted_demo_says_so_and_starts_over(tmp_path, monkeypatch, capf
             tick()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("nnunetv2_cva.demo.flow.train_and_compare", interrupt)
+    monkeypatch.setattr("nnunetv2_cva.demo.flow.all_steps", interrupt)
     assert demo.run(arguments(folder=str(tmp_path / "demo"))) == 130
     assert "Interrupted in step 1 of 6 (data)" in capfd.readouterr().out
     assert demo.run(arguments(folder=str(tmp_path / "demo"))) == 130

@@ -79,7 +79,7 @@ def finetune(recipe, **options):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "stock", "rate"), [(FinetuneUNet, "nnUNetTrainer", 1e-3), (FinetunePrimus, "AbstractPrimus", 1e-4)]
+    ("recipe", "stock", "rate"), [(FinetuneUNet, "nnUNetTrainer", 1e-3), (FinetunePrimus, "TinyPrimusTrainer", 1e-4)]
 )
 def test_two_epochs_of_warm_up_then_poly_under_the_stock_name(labelled, recipe, stock, rate):
     settings(labelled.parent, **FAST)

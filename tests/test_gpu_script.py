@@ -1,7 +1,9 @@
 """``benchmarks/gpu.py``: what was measured stays, what was cut off is tried again, and nothing is left running."""
 
+import fcntl
 import importlib
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -11,13 +13,14 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ITEM = """
-    import sys, time
+    import os, sys, time
     sys.path.insert(0, {benchmarks!r})
     from pathlib import Path
     from gpu_report import Report
     name, out = sys.argv[sys.argv.index("--item") + 1], Path(sys.argv[sys.argv.index("--out") + 1])
     report = Report(out / "item.json")
     print("this is", name)
+    (out / "pid").write_text(str(os.getpid()))
     report.once("first", lambda: 1)
     if name == "slow":
         time.sleep(60)
@@ -35,18 +38,36 @@ def gpu(monkeypatch, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(ITEM.format(benchmarks=str(BENCHMARKS))))
     monkeypatch.setattr(module, "__file__", str(program))
-    monkeypatch.setattr(module, "ITEMS", tuple(module.Item(n, 0, 1, None) for n in ("broken", "slow", "quick")))
+    monkeypatch.setattr(module, "ITEMS", tuple(module.Item(n, 0, 30, None) for n in ("broken", "slow", "quick")))
     monkeypatch.setattr(module, "GRACE", 1.0)
     yield module
     for name in ("gpu", "gpu_items", "gpu_tables", "gpu_report"):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def until_it_sleeps(gpu, monkeypatch, tmp_path):
+    """The slow item's time is up as soon as it has found something: no test waits for a clock. Returns what to raise then."""
+    how = [subprocess.TimeoutExpired("slow", 30.0)]
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout=None):
+            if "slow" in self.args and how[0] is not None:
+                while "first" not in (tmp_path / "out" / "item.json").read_text():
+                    time.sleep(0.02)
+                error, how[0] = how[0], None
+                raise error
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    return how
+
+
 def states(gpu, out):
     return {name: item["state"] for name, item in gpu.load(out, "cpu")["items"].items()}
 
 
-def test_items_fail_and_are_cut_off_each_by_itself_and_what_they_found_stays(gpu, tmp_path, capsys):
+def test_items_fail_and_are_cut_off_each_by_itself_and_what_they_found_stays(gpu, until_it_sleeps, tmp_path, capsys):
     out = tmp_path / "out"
     gpu.measure(out, "cpu", 1.0, [])
     assert states(gpu, out) == {"broken": "failed", "slow": "cut off", "quick": "done"}
@@ -73,32 +94,14 @@ def test_a_call_that_was_killed_is_continued_with_what_it_had_found(gpu, tmp_pat
     }
 
 
-def test_a_call_that_is_told_to_end_ends_its_item(gpu, tmp_path):
+def test_a_call_that_is_told_to_end_ends_its_item(gpu, until_it_sleeps, tmp_path):
+    until_it_sleeps[0] = SystemExit(143)
     out = tmp_path / "out"
     out.mkdir()
-    started = []
-
-    class Told(BaseException):
-        pass
-
-    real = gpu.subprocess.Popen
-
-    class Waiting(real):
-        def wait(self, timeout=None):
-            if not started:
-                started.append(self.pid)
-                time.sleep(0.5)
-                raise Told
-            return super().wait(timeout)
-
-    gpu.subprocess.Popen = Waiting
-    try:
-        with open(out / "gpu.log", "a+") as log, pytest.raises(Told):
-            gpu.attempt(gpu.ITEMS[1], {}, out, "cpu", 60.0, log)
-    finally:
-        gpu.subprocess.Popen = real
+    with open(out / "gpu.log", "a+") as log, pytest.raises(SystemExit):
+        gpu.attempt(gpu.ITEMS[1], {}, out, "cpu", 60.0, log)
     with pytest.raises(ProcessLookupError):
-        os.kill(started[0], 0)
+        os.kill(int((out / "pid").read_text()), 0)
 
 
 def test_what_does_not_fit_is_not_begun(gpu, tmp_path, monkeypatch, capsys):
@@ -106,6 +109,13 @@ def test_what_does_not_fit_is_not_begun(gpu, tmp_path, monkeypatch, capsys):
     gpu.measure(tmp_path / "out", "cpu", 0.5, [])
     assert "quick: not begun, 30 s are left and it needs 100" in capsys.readouterr().out
     assert states(gpu, tmp_path / "out") == {}
+
+
+def test_two_calls_at_once_are_refused(gpu, tmp_path):
+    with open(tmp_path / "gpu.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="Another call is measuring"):
+            gpu.measure(tmp_path, "cpu", 1.0, [])
 
 
 def test_results_of_another_device_are_not_mixed(gpu, tmp_path):

@@ -73,3 +73,17 @@ def test_with_the_packages_objective_it_is_the_packages_training(vicreg, tmp_pat
     assert json.loads(json.dumps(other.config.as_dict())).items() <= one.config.as_dict().items()
     assert [e["total_loss"] for e in one.history.epochs] == [e["total_loss"] for e in other.history.epochs]
     assert os.path.basename(one.output_folder_base).startswith("WithDoor")
+
+
+def test_the_documented_loss_trains(tmp_path, monkeypatch):
+    """The code of docs/recipes.md, "A loss of your own", as a file in a folder of the user's."""
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    code = text.split("## A loss of your own")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "close.py").write_text(code)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+    recipe = recursive_find_trainer_class_by_name("nnUNetTrainerCVA_Close")
+    make_project(tmp_path, monkeypatch, cva={"closeness_weight": 2.0, "contrastive_weight": 0.0})
+    for record in train(recipe).history.epochs:
+        parts = record["consistency_loss"] + 2 * record["closeness_loss"] + 5 * record["reconstruction_loss"]
+        assert record["total_loss"] == pytest.approx(parts, rel=1e-5)

@@ -15,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import UNET, CVAConfig
 from nnunetv2_cva.installation.hook import recipes_folder
 from nnunetv2_cva.installation.recipes import recipes
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
@@ -29,7 +29,7 @@ PRETRAINING = [name for name in NAMES if "Finetune" not in name]
 PREFIX = "nnUNetTrainerCVA"
 ROWS = ("", "_AE", "_MAE", "_MAE_CVA", "_MAE_CCVA", "_MAE_Cont", "_MAE_CCVA_Cont", "_Gram", "_Cont")
 SIZES = [f"_Primus{version}{size}" for version in ("", "V2", "V3") for size in "SBML"]
-OPTIMISATION = {"optimizer", "learning_rate", "betas", "weight_decay", "warmup_epochs", "gradient_clip", "epochs"}
+OPTIMISATION = {"optimizer", "learning_rate", "betas", "weight_decay", "warmup_epochs", "gradient_clip", "epochs", "spatial"}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def differences(a, b):
 
 
 def test_there_is_a_recipe_for_every_row_and_every_primus():
-    rows = [PREFIX + row for row in ROWS] + [f"{PREFIX}{row}_PrimusM" for row in ROWS]
-    assert sorted(PRETRAINING) == sorted({*rows, *(PREFIX + size for size in SIZES)})
+    rows = [PREFIX + row for row in (*ROWS, "_Paper")] + [f"{PREFIX}{row}_PrimusM" for row in ROWS]
+    assert sorted(PRETRAINING) == sorted({*rows, *(PREFIX + size for size in SIZES), PREFIX + "_PrimusOfPlans"})
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -80,7 +80,7 @@ def test_a_row_on_primus_differs_in_optimisation_and_memory_only(found, row):
     assert unets.backbone_trainer is CVATrainer.backbone_trainer
     assert differences(unets.config, primus_m.config) <= OPTIMISATION | {"gradient_checkpointing"}
     default = found[PREFIX + "_PrimusM"].config
-    assert differences(primus_m.config, default) == differences(unets.config, CVAConfig())
+    assert differences(primus_m.config, default) == differences(unets.config, found[PREFIX].config)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,22 @@ def test_a_row_on_primus_differs_in_optimisation_and_memory_only(found, row):
         ("_Cont", {"reconstruction_weight": 0, "consistency_weight": 0, "contrastive_weight": 1}),
     ],
 )
-def test_rows_are_the_papers(found, row, expected):
-    assert found[PREFIX + row].config == CVAConfig(**expected)
+def test_rows_have_the_papers_objectives(found, row, expected):
+    assert found[PREFIX + row].config == CVAConfig(**{**UNET, **expected})
+
+
+def test_the_papers_recipe_is_kept_exactly(found):
+    c = found[PREFIX + "_Paper"].config
+    assert c == CVAConfig(mask_block=16)
+    assert (c.optimizer, c.learning_rate, c.momentum, c.weight_decay, c.warmup) == ("sgd", 1e-2, 0.99, 3e-5, 0)
+    assert (c.spatial, c.gradient_clip, c.epochs * c.iterations_per_epoch) == ("shared", 12, 62_500)
+
+
+def test_the_default_is_what_was_measured(found):
+    c = found[PREFIX].config
+    assert (c.optimizer, c.learning_rate, c.weight_decay, c.spatial) == ("adamw", 1e-3, 1e-2, "independent")
+    assert (c.warmup, dataclasses.replace(c, epochs=20).warmup) == (25, 2)
+    assert differences(c, CVAConfig()) == UNET.keys()
 
 
 def test_primus_is_optimised_as_in_the_paper(found):

@@ -206,19 +206,6 @@ def test_a_stranger_is_not_resumed(tmp_path):
         checkpoint.load(tmp_path / "x.pth")
 
 
-def test_the_newer_of_final_and_latest_is_taken(tmp_path):
-    import os
-
-    final, latest = tmp_path / checkpoint.FINAL, tmp_path / checkpoint.LATEST
-    final.write_bytes(b"")
-    assert checkpoint.newest(final) == final
-    latest.write_bytes(b"")
-    os.utime(final, (1, 1))
-    assert checkpoint.newest(final) == latest
-    os.utime(latest, (0, 0))
-    assert checkpoint.newest(final) == final
-
-
 def test_watched_cases_are_spread_over_the_list():
     keys = [f"{dataset}__{n}" for dataset in "ab" for n in range(10)]
     assert evenly(keys, 4) == ["a__0", "a__6", "b__2", "b__9"]

@@ -191,16 +191,19 @@ def test_targets_that_do_not_exist(tmp_path, there, capsys, arguments, expected)
     assert not (tmp_path / "w.pth").exists()
 
 
+def test_a_dataset_that_is_not_planned_says_how(tmp_path, there, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "raw" / "Dataset009_New").mkdir(parents=True)
+    pretraining(tmp_path / "c.pth", target())
+    assert call("check", tmp_path / "c.pth", "-d", 9, "-c", "3d_fullres") == 2
+    assert "Dataset009_New is not planned. nnUNetv2_plan_and_preprocess -d 9 makes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
         ("dataset.json", "{}", r"dataset\.json states no labels"),
         ("dataset.json", '{"labels": {"background": 0}}', r"dataset\.json states no channel_names"),
-        (
-            "dataset.json",
-            '{"labels": {"background": 0}, "channel_names": {"T1": "a", "T2": "b"}}',
-            "counted from 0.*found T1, T2",
-        ),
         ("dataset.json", '{"labels": {"background": []}, "channel_names": {"0": "a"}}', "nnU-Net cannot read dataset.json"),
         ("dataset.json", "{broken", r"dataset\.json, line 1: expected JSON"),
         ("nnUNetPlans.json", "{}", "states no dataset_name: it is not a plans file"),
@@ -324,6 +327,31 @@ def test_info_prints_what_any_file_states(tmp_path, there, capsys):
         assert all(e in said for e in expected), (name, said)
     assert call("info", tmp_path / "c.pth", "--plans") == 0
     assert '"plans_name": "nnUNetPlans"' in capsys.readouterr().out
+
+
+def test_info_holds_nothing_back(tmp_path, capsys):
+    """Every entry of the card in the text, and all of it as JSON; a grid that was not resampled says so."""
+    pretraining(tmp_path / "c.pth", target())
+    assert call("export", tmp_path / "c.pth", "--format", "nnssl", "-o", tmp_path / "n.pth") == 0
+    content = torch.load(tmp_path / "n.pth", weights_only=True)
+    content["pretraining"]["of_a_later_version"] = {"scanner": "3 T"}
+    content["pretraining"]["spacing"] = None
+    content["pretraining"]["citations"] = [{"name": "X", "bibtex_citations": ["@article{x}"]}]
+    torch.save(content, tmp_path / "n.pth")
+    capsys.readouterr()
+    assert call("info", tmp_path / "n.pth") == 0
+    said = capsys.readouterr().out
+    assert (
+        "of a later version scanner 3 T" in said
+        and "spacing        not resampled" in said
+        and "cite           X: @article{x}" in said
+    )
+    assert call("info", tmp_path / "n.pth", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["card"]["of_a_later_version"] == {"scanner": "3 T"} and found["card"]["config"]["mask_block"] == 8
+    network = target().build()
+    trained = sum(p.numel() for n, p in network.named_parameters() if "seg_layers" not in n)
+    assert found["parameters"] == trained and found["kind"] == "nnssl checkpoint"
 
 
 # ---- init_from

@@ -132,7 +132,7 @@ def test_what_is_no_name_for_plans_is_refused(folders, tmp_path, capsys, name):
 def test_a_file_without_architecture_has_no_plans(folders, tmp_path, capsys):
     torch.save({"network_weights": target().build().state_dict()}, tmp_path / "bare.pth")
     assert call("export", tmp_path / "bare.pth", "--format", "plans", "-d", 4, "-c", "3d_fullres", "-o", "Theirs") == 2
-    assert "does not state the architecture of a U-Net" in capsys.readouterr().err
+    assert "does not state a U-Net or a Primus V1" in capsys.readouterr().err
 
 
 def test_a_refusal_says_it_too(folders, tmp_path, capsys):

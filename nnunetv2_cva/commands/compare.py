@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="test cases are this fold's validation cases, default: 0 (see plan --hold-out)",
     )
+    parser.add_argument("--test", type=int, metavar="N", help="so many of the fold's validation cases, default: all")
     parser.add_argument("--iterations", type=int, metavar="N", help="of every training, default: as many as the trainer has")
     parser.add_argument("--points", type=int, default=5, metavar="N", help="of the learning curve, default: 5")
     parser.add_argument("-o", dest="folder", metavar="FOLDER", help="default: in nnUNet_results, beside the dataset's trainings")
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if outcome.sentences:
         print("Intervals are over splits of these labelled cases. Another pretraining with the same recipe may differ by more.")
     if outcome.unfinished:
-        print(f"{outcome.unfinished} trainings are not finished: this is what the others say.")
+        are = "training is" if outcome.unfinished == 1 else "trainings are"
+        print(f"{outcome.unfinished} {are} not finished: this is what the others say.")
     print(f"\n{outcome.folder / JSON}\n{outcome.folder / PICTURE}")
     return 0
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
-HELP = "Pretrain, fine-tune and compare on a small synthetic dataset: less than ten minutes on two CPU cores, no download."
+HELP = "Pretrain, fine-tune, compare and look on a small synthetic dataset: up to six minutes on two CPU cores, no download."
 
 QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
 
@@ -68,10 +68,11 @@ class Meter:
 
 @dataclass
 class Steps:
-    """Shows the steps on the terminal and remembers which of them is under way and what they took."""
+    """Shows the steps on the terminal and remembers which of them is under way and what they took. ``shares``: of the steps in
+    the whole time, by which the time that remains is judged."""
 
     terminal: TextIO
-    steps: int
+    shares: Mapping[str, float]
 
     def __post_init__(self) -> None:
         self.current = ""
@@ -83,8 +84,19 @@ class Steps:
     @contextmanager
     def step(self, name: str, total: int, title: str, command: str = "") -> Iterator[Callable[[], None]]:
         """One step with its progress bar; yields what moves the bar on by one of ``total``."""
-        self.current = f"step {len(self.seconds) + 1} of {self.steps} ({name})"
-        self.say(f"[{len(self.seconds) + 1}/{self.steps}] {title}" + (f"\n      $ {command}" if command else ""))
+        number = f"{len(self.seconds) + 1} of {len(self.shares)}"
+        self.current = f"step {number} ({name})"
+        head = f"[{number.replace(' of ', '/')}] {title}{self.clock()}"
+        self.say(head + (f"\n      $ {command}" if command else ""))
         bar = Meter(total, self.terminal)
         yield bar.tick
         self.seconds[name] = bar.finish()
+
+    def clock(self) -> str:
+        """How long the finished steps took, and how long the others will at this pace."""
+        done = sum(self.shares[name] for name in self.seconds)
+        if done == 0:
+            return ""
+        spent = sum(self.seconds.values())
+        left = spent * (sum(self.shares.values()) - done) / done
+        return f" ({spent / 60:.1f} min so far, about {left / 60:.0f} to go)"

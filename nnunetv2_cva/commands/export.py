@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_cva export``."""
     add_source_arguments(parser)
     add_target_arguments(parser, required=False)
-    parser.add_argument("-o", metavar="FILE", required=True, help="the file to write, or the name of the plans")
+    written = parser.add_mutually_exclusive_group(required=True)
+    written.add_argument("-o", metavar="FILE", help="the file to write, or the name of the plans")
+    written.add_argument(
+        "--hub-folder",
+        metavar="FOLDER",
+        help="write what one uploads to the Hugging Face hub: weights of the pretraining itself, plans, model card (no -d, -c, "
+        "-p, -tr)",
+    )
     parser.add_argument(
         "--format",
         choices=("nnunet", "nnssl", "plans"),
@@ -67,16 +76,18 @@ def add_target_arguments(parser: argparse.ArgumentParser, required: bool) -> Non
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the file, check it; nothing is written when anything is wrong."""
-    if args.format == "nnssl":
+    if args.hub_folder or args.format == "nnssl":
         _refuse_target(args)
     elif args.d is None or args.c is None:
         raise ValueError("-d and -c are needed: what is written is made for a target. Only --format nnssl has none.")
-    from nnunetv2_cva.transfer.export import Output, export, export_for_nnssl, export_plans
+    from nnunetv2_cva.transfer.export import Output, export, export_for_hub, export_for_nnssl, export_plans
 
-    output = Output(args.o, args.allow_partial, args.dry_run, args.licence)
+    output = Output(args.hub_folder or args.o, args.allow_partial, args.dry_run, args.licence)
     with advised():
         weights = weights_of(args)
-        if args.format == "nnssl":
+        if args.hub_folder:
+            found = export_for_hub(weights, output)
+        elif args.format == "nnssl":
             found = export_for_nnssl(weights, output)
         else:
             found = (export_plans if args.format == "plans" else export)(weights, place_of(args), output)
@@ -84,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     if found.refusal is not None:
         raise ValueError(f"{found.refusal} Nothing was written; --allow-partial writes it all the same.")
     if not found.written:
-        print(f"\nDry run: {args.o} was not written.")
+        print(f"\nDry run: {output.file} was not written.")
+    elif args.hub_folder:
+        print(f"\nWrote {args.hub_folder}; both files of weights come back the same. Read README.md, then upload it:")
+        print(f"hf upload ORGANISATION/{Path(args.hub_folder).name} {args.hub_folder}")
     elif found.configuration is not None:
         print(f"\nWrote plans {args.o}. Preprocess with them, then use -p {args.o} -c {found.configuration}:")
         print(f"nnUNetv2_preprocess -d {args.d} -plans_name {args.o} -c {found.configuration}")
@@ -95,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         trainer = "" if args.tr in (None, TRAINER) else f" -tr {args.tr}"
         print(f"\nWrote {args.o}; nnU-Net's loader takes it and every tensor is the same under every name. To use it:")
-        print(f"nnUNetv2_train {args.d} {args.c} FOLD -p {args.p or PLANS}{trainer} -pretrained_weights {args.o}")
+        where = f"{shlex.quote(args.d)} {shlex.quote(args.c)} FOLD -p {shlex.quote(args.p or PLANS)}{trainer}"
+        print(f"nnUNetv2_train {where} -pretrained_weights {shlex.quote(args.o)}")
     return 0
 
 
@@ -137,7 +152,8 @@ def _refuse_target(args: argparse.Namespace) -> None:
     }
     given = [name for name, value in options.items() if value is not None]
     if given:
+        what = "--hub-folder" if args.hub_folder else "--format nnssl"
         raise ValueError(
-            f"--format nnssl describes the pretraining itself, not a target: leave out {', '.join(given)}. Its consumers adapt "
+            f"{what} describes the pretraining itself, not a target: leave out {', '.join(given)}. Its consumers adapt "
             "the weights to their targets."
         )

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nnUNetv2_cva info``."""
     parser.add_argument("weights", metavar="FILE", help="a checkpoint of nnunetv2_cva, nnU-Net, nnssl or OpenMind, or exported")
     parser.add_argument("--trust", action="store_true", help="open files that hold more than weights; may execute code in them")
+    parser.add_argument("--json", action="store_true", help="everything that the file states, as JSON")
     parser.add_argument("--plans", action="store_true", help="print the whole plans of the pretraining, too")
 
 
@@ -22,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
 
     with advised():
         found = describe(args.weights, args.trust)
+    if args.json:
+        print(json.dumps(found.everything, indent=2))
+        return 0
     for name, value in found.facts:
         print(f"{name:14} {value}")
     if args.plans:

@@ -43,14 +43,20 @@ def named(files: Sequence[str]) -> list[str]:
 
 
 def _distinguishing(path: Path, others: Sequence[Path]) -> str:
-    """``a`` for a.pth, unless another file is called so; then with the folders that no other has in this place."""
+    """``a`` for a.pth, the recipe for nnU-Net's checkpoint_final.pth, unless another file is called so; then the folders that no
+    other has in this place."""
+    if all(_own(path) != _own(o) for o in others):
+        return _own(path)
     parts = [*path.parts[1:-1], path.stem]
     rest = [[*o.parts[1:-1], o.stem] for o in others]
-    if all(o[-1] != parts[-1] for o in rest):
-        return parts[-1]
     same_depth = [o for o in rest if len(o) == len(parts)]
     differing = [p for n, p in enumerate(parts) if any(o[n] != p for o in same_depth)]
     return "_".join(differing) if differing and len(same_depth) == len(rest) else "_".join(parts)
+
+
+def _own(path: Path) -> str:
+    folder = path.parent.parent.name  # nnU-Net's: trainer__plans__configuration/fold_x/checkpoint_final.pth
+    return folder.split("__")[0] if path.stem.startswith("checkpoint_") and "__" in folder else path.stem
 
 
 def digest(path: str | Path) -> str:

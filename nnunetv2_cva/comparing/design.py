@@ -19,9 +19,10 @@ EPOCHS = 50  # a short training has up to as many, so that nnU-Net's learning ra
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. ``weights``: files; ``labels``: how many labelled cases are trained on, one training for each;
-    ``seeds``: how many splits; ``fold``: the fold whose validation cases are the test cases; ``iterations``: of every training,
-    None for as many as the trainer has; ``points``: of the learning curve; ``folder``: where results go."""
+    """What is asked for. ``weights``: files (none: training from scratch alone, for a later comparison); ``labels``: how many
+    labelled cases are trained on, one training for each; ``seeds``: how many splits; ``fold``: the fold whose validation cases
+    are the test cases, ``test`` of them (None: all); ``iterations``: of every training, None for as many as the trainer has;
+    ``points``: of the learning curve; ``folder``: where results go."""
 
     dataset: str
     configuration: str
@@ -31,6 +32,7 @@ class Request:
     labels: tuple[int, ...] = (1, 2, 4, 8)
     seeds: int = 5
     fold: int = 0
+    test: int | None = None
     iterations: int | None = None
     points: int = 5
     folder: str | None = None
@@ -41,13 +43,12 @@ class Request:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be meant."""
-        if not self.weights:
-            raise ValueError("`weights`: expected at least one file with pretrained weights.")
         if not self.labels or min(self.labels) < 1 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"`labels`: expected different positive numbers, found {' '.join(map(str, self.labels))}.")
-        for name in ("seeds", "points", "parts", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}`: expected 1 or more, found {getattr(self, name)}.")
+        for name in ("seeds", "points", "parts", "processes", "test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}`: expected 1 or more, found {value}.")
         if not 0 <= self.part < self.parts:
             raise ValueError(f"`part`: expected 0 to {self.parts - 1} of {self.parts} parts, found {self.part}.")
         if self.iterations is not None:

@@ -18,6 +18,7 @@ from nnunetv2_cva.comparing.unseen import check, split
 from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.targets import FineTuned
 from nnunetv2_cva.files import write_json
+from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.transfer.export import Output, Place, Weights, export
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.target import Target, find_target
@@ -93,6 +94,8 @@ def _design(request: Request, target: Target) -> Design:
     if not cases:
         raise ValueError(f"No preprocessed cases with labels in {data}. nnUNetv2_preprocess makes them.")
     training, test = split(request.fold, fine_tuned, cases)
+    if request.test is not None and request.test < len(test):
+        test = [test[n] for n in sorted(stream("compared test cases").choice(len(test), request.test, replace=False))]
     if max(request.labels) > len(training):
         raise ValueError(f"`labels`: fold {request.fold} has {len(training)} training cases, found {max(request.labels)}.")
     return Design(

@@ -39,6 +39,8 @@ TYPICAL_RATIO = 0.8  # compressed / raw; measured on MR and CT: 0.3 to 0.9, the 
 
 Storage = Literal["float32", "float16"]
 
+NO_RESAMPLING = "no_resampling_hack"  # nnU-Net's name for leaving images at their spacing
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -61,6 +63,8 @@ class Destination:
 def shape_after(case: Finding, plans: dict[str, Any], spacing: Sequence[float]) -> tuple[int, ...]:
     """Voxels of a case after cropping, transposing and resampling, as nnU-Net computes them."""
     order = plans["transpose_forward"]
+    if any(c.get("resampling_fn_data") == NO_RESAMPLING for c in plans["configurations"].values()):
+        return tuple(int(case.cropped[a]) for a in order)
     shape = compute_new_shape([case.cropped[a] for a in order], [case.spacing[a] for a in order], spacing)
     return tuple(int(n) for n in shape)
 

@@ -114,7 +114,7 @@ def check_slices(files: Sequence[str]) -> list[str]:
     tags = {f: _tags(f, (POSITION, ORIENTATION, SPACING, "0028|0010", "0028|0011", FRAMES)) for f in files}
     if any(int(t.get(FRAMES) or 1) > 1 for t in tags.values()):
         raise Unusable(f"{len(files)} files of several images each")
-    lost = [f for f in files if not (tags[f].get(POSITION) and tags[f].get(ORIENTATION))]
+    lost = [f for f, t in tags.items() if (len(_numbers(t.get(POSITION, ""))), len(_numbers(t.get(ORIENTATION, "")))) != (3, 6)]
     if lost:
         raise Unusable(f"{len(lost)} of {len(files)} slices do not say where they lie")
     for tag, what in ((ORIENTATION, "directions"), (SPACING, "spacings"), ("0028|0010", "sizes"), ("0028|0011", "sizes")):

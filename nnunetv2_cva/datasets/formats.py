@@ -221,6 +221,8 @@ class _Zlib(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest and not self._ended():
+            if self._rest:
+                break  # of the next member
             packed = self._inflater.unconsumed_tail or self._file.read(1 << 16)
             if not packed:
                 raise EOFError

@@ -169,7 +169,7 @@ def for_images(
         plans["original_median_shape_after_transp"] = np.median([f.cropped for f in found], 0)[order].round().astype(int).tolist()
     if intensities is not None:
         plans["foreground_intensity_properties_per_channel"] = intensities
-    elif channels != len(plans["foreground_intensity_properties_per_channel"]):
+    elif channels != len(plans["foreground_intensity_properties_per_channel"] or range(channels)):
         first = plans["foreground_intensity_properties_per_channel"]["0"]
         plans["foreground_intensity_properties_per_channel"] = {str(c): first for c in range(channels)}
     return plans

@@ -36,30 +36,27 @@ def make_case(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     raise AssertionError("a case that shows every structure is found within a few draws")
 
 
-def write_dataset(
-    folder: Path, seed: int, training: int, test: int, tick: Callable[[], None] = lambda: None
-) -> tuple[list[str], list[str]]:
-    """Write nnU-Net's raw layout: imagesTr, labelsTr, imagesTs, labelsTs, dataset.json.
+def write_dataset(folder: Path, seed: int, count: int, tick: Callable[[], object] = lambda: None) -> list[str]:
+    """Write ``count`` cases in nnU-Net's raw layout: imagesTr, labelsTr, dataset.json.
 
-    Returns the names of the training and of the test cases. ``tick`` is called after every case.
+    Returns their names. ``tick`` is called after every case.
     """
-    names = [f"case_{n:03d}" for n in range(training + test)]
+    names = [f"case_{n:03d}" for n in range(count)]
     for number, name in enumerate(names):
         image, labels = make_case(seed, number)
-        part = "Tr" if number < training else "Ts"
-        _write(image, folder / f"images{part}" / f"{name}_0000.nii.gz")
-        _write(labels, folder / f"labels{part}" / f"{name}.nii.gz")
+        _write(image, folder / "imagesTr" / f"{name}_0000.nii.gz")
+        _write(labels, folder / "labelsTr" / f"{name}.nii.gz")
         tick()
     description = {
         "name": "CVADemo",
         "description": "Synthetic anatomy of nnUNetv2_cva demo. No patient was scanned.",
         "channel_names": {"0": "MRI"},
         "labels": LABELS,
-        "numTraining": training,
+        "numTraining": count,
         "file_ending": ".nii.gz",
     }
     write_json(folder / "dataset.json", description)
-    return names[:training], names[training:]
+    return names
 
 
 def _write(volume: np.ndarray, path: Path) -> None:

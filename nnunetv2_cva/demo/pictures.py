@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
-import SimpleITK as sitk
 import torch
 from matplotlib import rc_context, rcdefaults
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from nnunetv2_cva.config import CVAConfig, resolve
-from nnunetv2_cva.demo.pipeline import image_file, truth_file
-from nnunetv2_cva.demo.workspace import CONFIGURATION, PRETRAINED, SCRATCH, Workspace
+from nnunetv2_cva.config import DEFAULT, CVAConfig, resolve
+from nnunetv2_cva.demo.workspace import CONFIGURATION, Workspace
 from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.views.cases import Case
@@ -27,7 +20,6 @@ from nnunetv2_cva.views.resample import show, window
 VIEW_COLOURS = ("#38a8ff", "#ff9a1f")
 SHARED_COLOUR = "#ffffff"
 BIN_COLOURS = ("#ff4fa3", "#54e346", "#ffe14d", "#b98cff")
-LABEL_COLOURS = ("#4e79a7", "#f28e2b", "#59d14a", "#e15759", "#ffe14d", "#b07aa1", "#76b7b2", "#ff9da7")
 
 
 def draw_pair_figure(image: np.ndarray, pair: Pair, views: np.ndarray, bins: Triple) -> Figure:
@@ -129,57 +121,14 @@ def draw_pair_of(case: Case, size: Triple, config: CVAConfig, seed: int) -> Figu
     return draw_pair_figure(whole[0], pair, views[:, 0].numpy(), config.roi_size)
 
 
-def draw_predictions(workspace: Workspace, rows: dict[str, str], dice: dict[str, dict[str, float]]) -> Figure:
-    """Image, truth and both predictions of test cases, each in the slice that shows its structures best.
-
-    ``rows``: case and what to call it. ``dice``: mean over the structures, per run and case.
-    """
-    labels = workspace.dataset_json()["labels"]
-    figure = _figure(11.5, 2.9 * len(rows) + 0.6)
-    grid = figure.subplots(len(rows), 4, squeeze=False)
-    colours = ListedColormap(LABEL_COLOURS[: len(labels) - 1])
-    levels = BoundaryNorm(np.arange(1, len(labels) + 1) - 0.5, colours.N)
-    for row, (case, name) in zip(grid, rows.items(), strict=True):
-        image, truth = _read(image_file(workspace, case)), _read(truth_file(workspace, case))
-        depth = _busiest(truth, len(labels))
-        shown = {name: None, "truth": truth}
-        for run, title in ((SCRATCH, "from scratch"), (PRETRAINED, "pretrained")):
-            shown[f"{title}: mean Dice {dice[run][case]:.2f}"] = _read(workspace.predictions(run) / f"{case}.nii.gz")
-        for axes, (title, segmentation) in zip(row, shown.items(), strict=True):
-            _slice(axes, image, depth)
-            axes.set_title(title, fontsize=10)
-            if segmentation is not None:
-                extent = (0, truth.shape[2], truth.shape[1], 0)
-                overlay = np.ma.masked_equal(segmentation[depth], 0)
-                axes.imshow(overlay, cmap=colours, norm=levels, alpha=0.55, extent=extent, interpolation="nearest")
-    patches = [Patch(color=colours(label - 1), label=name) for name, label in labels.items() if label]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    return figure
-
-
-def _read(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
-def _busiest(truth: np.ndarray, labels: int) -> int:
-    """The slice with most structures; of those, where the smallest structure is largest."""
-    counts = np.stack([(truth == label).sum((1, 2)) for label in range(1, labels)])
-    return int(np.lexsort((np.where(counts > 0, counts, 10**6).min(0), (counts > 0).sum(0)))[-1])
-
-
-def write_pictures(workspace: Workspace, test: Sequence[str], dice: dict[str, dict[str, list[float]]], seed: int) -> None:
-    """Write ``views.png`` and ``predictions.png``: of the test cases those that gained least, most, and the median."""
+def write_views(workspace: Workspace, seed: int) -> None:
+    """Write ``views.png``."""
     plans = workspace.plans()
-    config = resolve(CVAConfig(), plans, CONFIGURATION, {})
-    size = tuple(plans["configurations"][CONFIGURATION]["patch_size"])
+    config = resolve(DEFAULT, plans, CONFIGURATION, {})
+    i, j, k = plans["configurations"][CONFIGURATION]["patch_size"]
     case = Case(str(min(workspace.cases.glob("*[0-9].b2nd"))))
-    means = {run: dict(zip(test, np.mean(list(found.values()), 0), strict=True)) for run, found in dice.items()}
-    ranked = sorted(test, key=lambda name: means[PRETRAINED][name] - means[SCRATCH][name])
-    places = {"smallest gain": 0, "median gain": len(ranked) // 2, "largest gain": len(ranked) - 1}
-    rows = {ranked[place]: f"{ranked[place]}, {name}" for name, place in places.items()}
     with rc_context():
         rcdefaults()  # nnU-Net's plots leave seaborn's fonts behind
-        pictures = {"views": draw_pair_of(case, size, config, seed), "predictions": draw_predictions(workspace, rows, means)}
-        for name, figure in pictures.items():
-            with written_whole(workspace.folder / f"{name}.png") as partial:
-                figure.savefig(partial, dpi=110, format="png")
+        figure = draw_pair_of(case, (i, j, k), config, seed)
+        with written_whole(workspace.folder / "views.png") as partial:
+            figure.savefig(partial, dpi=110, format="png")

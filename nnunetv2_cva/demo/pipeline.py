@@ -1,15 +1,12 @@
-"""The steps of the demo, which are those of a user: plan, preprocess, pretrain, fine-tune, predict, compare.
+"""The steps of the demo, which are those of a user: plan, preprocess, pretrain, fine-tune beside training from scratch, look.
 
-nnU-Net is used as it is. Pretraining is the real ``nnUNetv2_train`` in a process of its own; fine-tuning drives
-nnU-Net's stock trainer from Python, because its epochs of 250 iterations cannot be shortened otherwise. nnunetv2 is
-imported inside the functions: it reads the environment while it is imported, and that takes seconds.
+nnU-Net is used as it is: pretraining is the real ``nnUNetv2_train`` in a process of its own, fine-tuning its stock trainer
+(``comparing``). Everything that computes has one thread, so that numbers do not depend on what else the machine does; two
+cores are used by doing two things at a time. nnunetv2 is imported inside the functions: it reads the environment.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import subprocess
 import sys
 import time
@@ -18,35 +15,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from nnunetv2_cva.demo.workspace import CONFIGURATION, DATASET, DATASET_ID, PLANS, PRETRAINED, RECIPE, Workspace
+from nnunetv2_cva.demo.workspace import CONFIGURATION, DATASET, DATASET_ID, FOLD, PLANS, RECIPE, Workspace
 from nnunetv2_cva.files import read_object, write_json
 
-Tick = Callable[[], None]
+Tick = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work the demo is. The defaults take about eight minutes on two CPU cores that do nothing else."""
+    """How much work the demo is. The defaults take about five minutes on two CPU cores that do nothing else."""
 
-    images: int = 40  # for pretraining, which does not open their labels
-    labelled: int = 4  # of these, for fine-tuning
+    images: int = 40  # for pretraining, which does not open their labels; labelled cases are drawn from them
     test: int = 10
-    pretraining: tuple[int, int] = (16, 25)  # epochs, iterations per epoch
-    fine_tuning: tuple[int, int] = (16, 50)
+    pretraining: tuple[int, int] = (20, 40)  # epochs, iterations per epoch
+    labels: int = 2  # cases that are fine-tuned on
+    splits: int = 4
+    fine_tuning: int = 200  # iterations
+    scored: int = 6  # test cases on which the fine-tuned networks are scored
+    pairs: int = 30  # windows that labels are carried to
 
 
-def plan(workspace: Workspace, size: Size, seed: int, labelled: list[str], watched: list[str]) -> None:
-    """nnU-Net's planning, then plans that a CPU can bear, and the split: only ``labelled`` cases are fine-tuned on."""
+def plan(workspace: Workspace, size: Size, seed: int, training: list[str], test: list[str]) -> None:
+    """nnU-Net's planning, then plans that a CPU can bear, and the split: what is trained on, and what never is."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 
     extract_fingerprints([DATASET_ID], num_processes=2, verbose=False, show_progress_bar=False)
     folder = workspace.preprocessed / DATASET
     plans = read_object(folder / f"{plan_experiments([DATASET_ID])}.json")
     write_json(folder / f"{PLANS}.json", _reduced(plans, size, seed))
-    write_json(folder / "splits_final.json", [{"train": labelled, "val": watched}])
+    write_json(folder / "splits_final.json", [{"train": training, "val": test}])
 
 
 def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
     configuration["batch_dice"] = True  # few structures fit into one small patch
     configuration["architecture"]["arch_kwargs"].update(
         n_stages=stages,
-        features_per_stage=[16, 32, 64, 64],
+        features_per_stage=[8, 16, 32, 64],
         kernel_sizes=[[3, 3, 3]] * stages,
         strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
         n_conv_per_stage=[1] * stages,
@@ -72,12 +69,6 @@ def _reduced(plans: dict[str, Any], size: Size, seed: int) -> dict[str, Any]:
         "seed": seed,
         "head_width": 256,
         "predictor_width": 64,
-        "mask_block": 8,
-        # AdamW comes further than the default SGD in so few iterations.
-        "optimizer": "adamw",
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "warmup_epochs": min(2, epochs - 1),
     }
     return {**plans, "plans_name": PLANS, "configurations": {CONFIGURATION: configuration}}
 
@@ -89,23 +80,10 @@ def preprocess() -> None:
     run([DATASET_ID], PLANS, (CONFIGURATION,), (2,), show_progress_bar=False)
 
 
-def untrained_scores(workspace: Workspace, device: str) -> dict[str, float]:
-    """The metrics of the watched pairs, as the pretraining logs them, for the network that it starts from."""
-    from nnunetv2_cva.training.trainer import CVATrainer
-
-    class Untrained(CVATrainer):
-        """A name, and with it a results folder, of its own."""
-
-    plans = {**workspace.plans(), "continue_training": False}
-    trainer = Untrained(plans, CONFIGURATION, "all", workspace.dataset_json(), torch.device(device))
-    trainer.initialize()
-    trainer.make_teacher()
-    trainer.open_data()
-    return trainer.watch()
-
-
-def pretrain(workspace: Workspace, device: str, tick: Tick) -> None:
+def pretrain(workspace: Workspace, device: str, tick: Tick, meanwhile: Callable[[Tick], object]) -> None:
     """``nnUNetv2_train`` in a process of its own, as a user would start it. ``tick`` is called after every epoch.
+
+    ``meanwhile(look)`` runs in this process at the same time and calls ``look()`` now and then.
 
     Raises:
         RuntimeError: it failed; what it printed is in the log.
@@ -113,12 +91,18 @@ def pretrain(workspace: Workspace, device: str, tick: Tick) -> None:
     entry = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
     process = subprocess.Popen([sys.executable, "-c", entry, *pretraining_arguments(device)])
     seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        for _ in range(epochs_done(workspace) - seen):
+            seen += 1
+            tick()
+
     try:
+        meanwhile(look)
         while process.poll() is None:
             time.sleep(0.3)
-            for _ in range(len(history(workspace)) - seen):
-                seen += 1
-                tick()
+            look()
     finally:
         if process.poll() is None:
             process.terminate()
@@ -126,82 +110,83 @@ def pretrain(workspace: Workspace, device: str, tick: Tick) -> None:
     if process.returncode != 0:
         command = " ".join(("nnUNetv2_train", *pretraining_arguments(device)))
         raise RuntimeError(f"{command} ended with code {process.returncode}.")
-    for _ in range(len(history(workspace)) - seen):
-        tick()
+    look()
 
 
 def pretraining_arguments(device: str) -> list[str]:
-    """What follows nnUNetv2_train."""
-    return [str(DATASET_ID), CONFIGURATION, "all", "-tr", RECIPE, "-p", PLANS, "-device", device]
+    """What follows nnUNetv2_train. The fold's validation cases, the test cases, are not trained on."""
+    return [str(DATASET_ID), CONFIGURATION, str(FOLD), "-tr", RECIPE, "-p", PLANS, "-device", device]
 
 
-def history(workspace: Workspace) -> list[dict[str, Any]]:
-    """The metrics of the pretraining's epochs so far."""
+def epochs_done(workspace: Workspace) -> int:
+    """Of the pretraining."""
     path = workspace.pretraining / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
-def fine_tune(workspace: Workspace, run: str, size: Size, seed: int, device: str, tick: Tick) -> None:
-    """nnU-Net's stock trainer on the labelled cases, for fewer iterations than stock; PRETRAINED from the weights.
+def compare(workspace: Workspace, size: Size, device: str, pretrained: bool, tick: Tick) -> tuple[str, tuple[str, ...]]:
+    """nnU-Net's stock trainer on few labelled cases, several splits: from scratch, or from scratch and from the weights. What
+    has been trained before is not trained again. ``tick`` is called after every training.
 
-    Seeds and budget are the same for both runs. ``tick`` is called at every iteration.
+    Returns the table, and what may be said.
     """
-    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2_cva.comparing.design import Request
+    from nnunetv2_cva.comparing.run import run
 
-    os.environ["nnUNet_results"] = str(workspace.results(run))
-    os.environ["nnUNet_n_proc_DA"] = "0"  # no loader processes: both runs see the same batches
-    plans = {**workspace.plans(), "continue_training": False}
-    _seed(seed)
-    trainer = nnUNetTrainer(plans, CONFIGURATION, 0, workspace.dataset_json(), torch.device(device))
-    trainer.num_epochs, trainer.num_iterations_per_epoch = size.fine_tuning
-    trainer.num_val_iterations_per_epoch = 2
-    trainer.initialize()
-    if run == PRETRAINED:
-        load_pretrained_weights(trainer.network, str(workspace.weights))
-    trainer.network.register_forward_hook(lambda network, *_: tick() if network.training else None)
-    _seed(seed)
-    trainer.run_training()
-
-
-def _seed(seed: int) -> None:
-    """Stock nnU-Net has no seed option and draws from all three of these."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    request = Request(
+        DATASET,
+        CONFIGURATION,
+        (str(workspace.weights),) if pretrained else (),
+        plans=PLANS,
+        labels=(size.labels,),
+        seeds=size.splits,
+        fold=FOLD,
+        test=size.scored,
+        iterations=size.fine_tuning,
+        points=2,
+        folder=str(workspace.comparison),
+        device=device,
+        processes=2 if pretrained and device == "cpu" else 1,
+    )
+    outcome = run(request, lambda text: None, lambda *_: None, lambda *_: tick())
+    return outcome.table, outcome.sentences
 
 
-def predict(workspace: Workspace, run: str, test: list[str], device: str, tick: Tick) -> None:
-    """Segment the test cases with nnU-Net's predictor, without test-time mirroring, which takes eight times as long."""
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+def propagate(workspace: Workspace, size: Size, seed: int, test: list[str], device: str, tick: Tick) -> dict[str, Any]:
+    """Labels of a random window carried to one of another test case by nearest features: for every row the mean Dice over
+    windows and half of its 95 % interval."""
+    from nnunetv2_cva.seeing.labelled import labelled_cases
+    from nnunetv2_cva.seeing.propagation import means, one_shot
 
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device(device), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(workspace.trained(run)), (0,))
-    out = workspace.predictions(run)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in test:
-        predictor.predict_from_files_sequential([[str(image_file(workspace, name))]], [str(out / name)])
-        tick()
-
-
-def image_file(workspace: Workspace, test_case: str) -> Path:
-    return workspace.raw / DATASET / "imagesTs" / f"{test_case}_0000.nii.gz"
+    networks = frozen(workspace, device)
+    dataset = labelled_cases(DATASET, 1)
+    cases = dataset.chosen(test).read(next(iter(networks.values())))
+    found = one_shot(cases, networks, [*dataset.labels.values()], size.pairs, seed, tick=tick)
+    return {row: list(values) for row, values in means(found).items()}
 
 
-def truth_file(workspace: Workspace, test_case: str) -> Path:
-    return workspace.raw / DATASET / "labelsTs" / f"{test_case}.nii.gz"
+def look(workspace: Workspace, test: list[str], device: str, tick: Tick) -> tuple[Path, Path]:
+    """Points of one test case found in two others: a picture, and a page to click in."""
+    from nnunetv2_cva.seeing.images import find_images, preprocess
+    from nnunetv2_cva.seeing.look import look, picture
+    from nnunetv2_cva.seeing.look_page import write_look
+
+    networks = frozen(workspace, device)
+    first = next(iter(networks.values()))
+    files = [str(image_file(workspace, case)) for case in test[:3]]
+    found = look([preprocess(f, first) for f in find_images(files, 1)], networks, 3, tick)
+    picture(found, workspace.folder / "look.png")
+    write_look(found, workspace.folder / "look.html")
+    return workspace.folder / "look.png", workspace.folder / "look.html"
 
 
-def dice(workspace: Workspace, run: str, test: list[str]) -> dict[str, list[float]]:
-    """Dice of every test case for every structure, by nnU-Net's evaluation."""
-    from nnunetv2.evaluation.evaluate_predictions import compute_metrics
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+def frozen(workspace: Workspace, device: str) -> dict[str, Any]:
+    """The pretrained network, and the same one as it was before."""
+    from nnunetv2_cva.seeing.frozen import load_frozen, untrained
 
-    structures = {name: label for name, label in workspace.dataset_json()["labels"].items() if label != 0}
-    found: dict[str, list[float]] = {name: [] for name in structures}
-    for case in test:
-        guess = workspace.predictions(run) / f"{case}.nii.gz"
-        found_here = compute_metrics(str(truth_file(workspace, case)), str(guess), SimpleITKIO(), [*structures.values()])
-        for name, label in structures.items():
-            found[name].append(float(found_here["metrics"][label]["Dice"]))
-    return found
+    trained = load_frozen(workspace.weights, device=device, label="pretrained")
+    return {"untrained": untrained(workspace.weights, device=device), "pretrained": trained}
+
+
+def image_file(workspace: Workspace, case: str) -> Path:
+    return workspace.raw / DATASET / "imagesTr" / f"{case}_0000.nii.gz"

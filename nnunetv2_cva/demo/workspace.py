@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from nnunetv2_cva.datasets.parallel import THREADS
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.installation.hook import recipes_folder
 
 DATASET_ID, DATASET = 901, "Dataset901_CVADemo"
 PLANS, CONFIGURATION, RECIPE = "nnUNetCVADemoPlans", "3d_fullres", "nnUNetTrainerCVA"
-SCRATCH, PRETRAINED = "scratch", "pretrained"
+FOLD = 0  # whose validation cases are the test cases
 
 RECORD = "nnunetv2_cva_demo.json"  # tells a folder of the demo from anybody else's
-FOLDERS = ("demo_raw", "demo_preprocessed", "demo_results", "demo_predictions")
-FILES = ("demo.log", "views.png", "predictions.png")
+FOLDERS = ("demo_raw", "demo_preprocessed", "demo_results", "demo_comparison")
+FILES = ("demo.log", "views.png", "look.png", "look.html")
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,26 @@ class Workspace:
     def log(self) -> Path:
         return self.folder / "demo.log"
 
-    def results(self, run: str) -> Path:
-        """nnU-Net's results folder of a run: the two fine-tunings would otherwise write to one place."""
-        return self.folder / "demo_results" / run
+    @property
+    def results(self) -> Path:
+        return self.folder / "demo_results"
 
-    def predictions(self, run: str) -> Path:
-        return self.folder / "demo_predictions" / run
-
-    def trained(self, run: str, trainer: str = "nnUNetTrainer") -> Path:
-        return self.results(run) / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}"
+    @property
+    def comparison(self) -> Path:
+        """Trainings from scratch and from the weights, and what came of it."""
+        return self.folder / "demo_comparison"
 
     @property
     def pretraining(self) -> Path:
-        return self.trained(PRETRAINED, RECIPE) / "fold_all"
+        return self.results / DATASET / f"{RECIPE}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
 
     @property
     def weights(self) -> Path:
         return self.pretraining / "checkpoint_final.pth"
+
+    def short(self, path: Path) -> str:
+        """A path below the folder as a command has it that is typed there."""
+        return str(path.relative_to(self.folder))
 
     def plans(self) -> dict[str, Any]:
         return read_object(self.preprocessed / DATASET / f"{PLANS}.json")
@@ -105,11 +109,12 @@ def environment(workspace: Workspace) -> Iterator[None]:
     os.environ.update(
         nnUNet_raw=str(workspace.raw),
         nnUNet_preprocessed=str(workspace.preprocessed),
-        nnUNet_results=str(workspace.results(PRETRAINED)),
+        nnUNet_results=str(workspace.results),
         nnUNet_extTrainer=recipes_folder(),
         nnUNet_n_proc_DA="1",
         nnUNet_def_n_proc="2",
         nnUNet_compile="f",  # compiling takes longer than the demo
+        **dict.fromkeys(THREADS, "1"),
     )
     try:
         yield

@@ -40,6 +40,7 @@ try:
     if cuda:
         p = torch.cuda.get_device_properties(0)
         facts.update(gpus=torch.cuda.device_count(), gpu=p.name, gpu_memory=p.total_memory)
+        facts.update(cudnn=torch.backends.cudnn.version())
         facts.update(bf16=p.major >= 8 or bool(torch.version.hip))
     import torchvision
     facts["torchvision"] = torchvision.__version__
@@ -143,6 +144,9 @@ def check_torch(facts: dict[str, Any]) -> Iterator[Diagnosis]:
         yield Diagnosis("torchvision", f"does not fit ({versions}; {error}), which breaks our trainers too", _REINSTALL)
     elif error:
         yield Diagnosis("timm", f"does not import beside {versions} ({error})", 'pip install --upgrade "timm<1.0.23"')
+    elif 91000 <= (facts.get("cudnn") or 0) < 91100:
+        found = f"{versions}, with cuDNN {facts['cudnn']}: 9.10 is wrong or slow in bf16 convolutions of large 3D inputs"
+        yield Diagnosis("torch", found, 'pip install --upgrade "nvidia-cudnn-cu12>=9.15", or a newer torch')
     else:
         yield Diagnosis("torch", versions)
 

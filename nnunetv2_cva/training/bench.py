@@ -22,6 +22,7 @@ import torch
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.clock import Clock, make_clock
 from nnunetv2_cva.training.copies import COPIED
+from nnunetv2_cva.training.messages import less_memory
 from nnunetv2_cva.training.trainer import CVATrainer
 from nnunetv2_cva.transfer.target import find_target
 from nnunetv2_cva.views.resources import CGROUPS, usable_cores
@@ -68,10 +69,12 @@ def bench(
         found = measure(made, seconds, lambda part: say(f"measuring: {part}"))
         other = found.loader / found.device if found.bottleneck == "device" else found.device / found.loader
         comparison = "The loader is" if found.bottleneck == "device" else "The device would be"
-        helps = (*advice(found, made, usable_cores(os.environ, CGROUPS)), *warnings(Path(made.log_file).read_text("utf-8")))
+        log = Path(made.log_file).read_text("utf-8")
+        helps = (*advice(found, made, usable_cores(os.environ, CGROUPS)), *warnings(log))
         return [
             "",
             *table(found, made),
+            *_said(log, "Attention: "),
             "",
             f"Bottleneck: the {found.bottleneck}. {comparison} {other:.1f} times as fast. What would help:",
             *(f"  {line}" for line in helps),
@@ -149,9 +152,11 @@ def measure(trainer: CVATrainer, seconds: float, say: Callable[[str], None] = la
         device, first = _device(trainer, batch, DEVICE * seconds, clock)
         say("both")
         both, waiting = _both(trainer, BOTH * seconds, clock)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as e:
+        if not isinstance(e.__cause__ or e, torch.cuda.OutOfMemoryError):
+            raise
         raise ValueError(
-            f"A step does not fit into the {_size(clock.available())} of the device: set {_less_memory(trainer)}."
+            f"A step does not fit into the {_size(clock.available())} of the device: set {less_memory(trainer.config)}."
         ) from None
     workers = trainer.dataloader_train.workers
     return Speeds(loader, device, both, waiting, workers, first, clock.peak(), clock.available())
@@ -245,21 +250,18 @@ def _for_the_device(found: Speeds, trainer: CVATrainer) -> list[str]:
     elif free > 0.4:
         lines.append(f"batch_size: {100 * free:.0f} % of the memory is free. More cases per step are another training, though.")
     elif free < 0.05:
-        lines.append(f"The memory is all but full. If a step should fail: {_less_memory(trainer)}.")
+        lines.append(f"The memory is all but full. If a step should fail: {less_memory(trainer.config)}.")
     return lines or ["Nothing: the device is busy with what has to be computed."]
-
-
-def _less_memory(trainer: CVATrainer) -> str:
-    """What to set next for a step that takes less."""
-    sizes = "a smaller batch_size or patch_size of the configuration"
-    more = {False: '"selective", then true', "selective": "true"}.get(trainer.config.gradient_checkpointing)
-    return sizes if more is None else f'gradient_checkpointing {more} in "cva", or {sizes}'
 
 
 def warnings(log: str) -> list[str]:
     """Of a trainer's log, what a user should know, without the times."""
-    lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line) for line in log.splitlines())
-    return [line for line in lines if any(mark in line for mark in ("WARNING", "instead of", "Going on without", "Attention: "))]
+    return _said(log, "WARNING", "instead of", "Going on without")
+
+
+def _said(log: str, *marks: str) -> list[str]:
+    lines = (re.sub(r"^\d{4}-\S+ [\d:.]+: ", "", line).rstrip() for line in log.splitlines())
+    return [line for line in lines if any(mark in line for mark in marks)]
 
 
 def table(found: Speeds, trainer: CVATrainer) -> list[str]:

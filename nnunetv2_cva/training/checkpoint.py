@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_cva.files import HOST, PARTIAL
 from nnunetv2_cva.model.branches import Student, Teacher
 from nnunetv2_cva.transfer.weights import NeedsOption, opened, save_whole
 
 # Of a configuration: with another value of these it is another run.
 DECISIVE = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture")
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+PREVIOUS = "checkpoint_previous.pth"  # what latest was before
+WHOLE = (FINAL, LATEST, PREVIOUS)  # a run can be continued from
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,33 @@ class Run:
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write ``checkpoint`` so that ``path`` holds either the old file or the new one, whole, whatever happens.
 
+    What was the latest one is kept as the previous one.
+
     Raises:
         OSError: it could not be written (disk full, say); the old file is untouched.
     """
     path = Path(path)
     content = _on_cpu(checkpoint, {})
     try:
-        save_whole(content, path)
+        save_whole(content, path, _keep_as_previous if path.name == LATEST else lambda partial: None)
     except OSError as e:
-        earlier = [name for name in (FINAL, LATEST) if (path.parent / name).is_file()]
+        earlier = [name for name in WHOLE if (path.parent / name).is_file()]
         advice = f"{earlier[0]} is untouched: make room, then continue with --c" if earlier else "Make room, then start again"
         raise OSError(f"{e} {advice}.") from e
+
+
+def _keep_as_previous(partial: Path) -> None:
+    """Before ``partial`` becomes the latest one. There is no moment without one, but where files cannot have two names."""
+    latest, previous = partial.with_name(LATEST), partial.with_name(PREVIOUS)
+    if not latest.is_file():
+        return
+    second = partial.with_name(f"{PREVIOUS}.{HOST}.{os.getpid()}{PARTIAL}")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(latest, second)
+        os.replace(second, previous)
+    except OSError:
+        os.replace(latest, previous)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -82,7 +102,7 @@ def load(path: str | Path) -> dict[str, Any]:
         checkpoint = opened(path, mapped=False)
     except NeedsOption as e:  # nnUNetv2_train has no such option
         raise ValueError(f"{e.reason} It was not written by this package: continue from a checkpoint that was.") from None
-    if "cva" not in checkpoint:
+    if not isinstance(checkpoint.get("cva"), dict):
         raise ValueError(
             f"{path} is not a checkpoint of a pretraining trainer (no entry 'cva'). Weights of other trainers are a start, not "
             "something to resume: pass the file with -pretrained_weights."
@@ -97,6 +117,9 @@ def load_whole(path: str | Path) -> dict[str, Any]:
         ValueError: it holds weights only.
     """
     content = load(path)
+    missing = [k for k in ("network_weights", "optimizer_state", "current_epoch", "init_args") if k not in content]
+    if "heads" in content["cva"] and missing:
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}.")
     if "heads" not in content["cva"]:
         raise ValueError(
             f"{path} holds weights only and cannot be continued. Start a new training from it with -pretrained_weights."
@@ -147,13 +170,45 @@ def check_plans(saved: dict[str, Any], now: dict[str, Any], configuration: str) 
         )
 
 
-def newest(path: str | Path) -> Path:
-    """The newer of final and latest beside ``path``; nnU-Net's ``--c`` asks for final even when a later latest exists."""
-    folder = Path(path).parent
-    candidates = [folder / name for name in (FINAL, LATEST) if (folder / name).is_file()]
-    if Path(path).name not in (FINAL, LATEST) or not candidates:
-        return Path(path)
-    return max(candidates, key=os.path.getmtime)
+def can_be_continued(folder: str | Path) -> bool:
+    """Whether there is a checkpoint that holds a whole run, damaged or not."""
+    return any((Path(folder) / name).is_file() for name in WHOLE)
+
+
+def newest(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint in ``folder`` that the run came furthest with, by epoch and step inside the files, and its content. Damaged
+    ones are named and the next is taken.
+
+    Raises:
+        ValueError: none of them can be continued.
+    """
+    there = [Path(folder) / name for name in WHOLE if (Path(folder) / name).is_file()]
+    if not there and (Path(folder) / BEST).is_file():
+        there = [Path(folder) / BEST]  # cannot be continued, which is said
+    problems = []
+    for path in sorted(there, key=_progress, reverse=True):
+        try:
+            return path, load_whole(path)
+        except ValueError as e:
+            problems.append(str(e))
+            if len(there) > 1:
+                say(f"WARNING: {e} An earlier checkpoint is taken instead.")
+    raise ValueError(problems[0] if len(problems) == 1 else f"No checkpoint can be continued: {' '.join(problems)}")
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Epochs and steps after them, as the file says; what cannot be read comes first and is complained about where it is read."""
+    found = summary(path)
+    return (2**62, 0) if found is None else (found["current_epoch"], found["cva"].get("step", 0))
+
+
+def summary(path: str | Path) -> dict[str, Any] | None:
+    """The content of a checkpoint without reading its tensors; None: missing or damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return content if isinstance(content["current_epoch"], int) and isinstance(content["cva"], dict) else None
+    except Exception:  # whatever damaged bytes raise
+        return None
 
 
 def _on_cpu(value: Any, moved: dict[Any, torch.Tensor]) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +48,29 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if precision == "bf16" else torch.float16
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own among the devices of its machine, of several processes that train together.
+
+    The launcher says which (LOCAL_RANK); without it all processes are on one machine, as nnU-Net's ``-num_gpus`` starts them.
+    """
+    if device.type != "cuda":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """The first process alone, then all others."""
+    together = dist.is_available() and dist.is_initialized()
+    if together and dist.get_rank() != 0:
+        dist.barrier()
+    yield
+    if together and dist.get_rank() == 0:
+        dist.barrier()
 
 
 def share_of_rank(cases: int) -> Share:

@@ -40,8 +40,8 @@ class Finetuning(nnUNetTrainer):
 
     @classmethod
     def stock_trainer(cls) -> type[nnUNetTrainer]:
-        """nnU-Net's class that this one fine-tunes with."""
-        return next(c for c in cls.__mro__ if c.__module__.startswith("nnunetv2."))
+        """The class that this one fine-tunes with, which stands behind ``Finetuning`` in a recipe's bases."""
+        return cls.__mro__[cls.__mro__.index(Finetuning) + 1]
 
     def configure_optimizers(self, stage: str | None = None) -> tuple[torch.optim.Optimizer, Schedule]:
         """One optimizer for the whole training. ``stage``: trainers with a warm-up of their own ask again when it ends."""

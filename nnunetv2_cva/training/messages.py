@@ -52,10 +52,10 @@ def opening(
         f"The best checkpoint is the one with the {'highest' if best.sign > 0 else 'lowest'} {best.name}: {best.meaning}.",
         f"Settings of the method: {config.as_dict()}",
     ]
-    if config.warmup_epochs >= config.epochs:
+    if config.warmup >= config.epochs:
         lines.append(
-            f"WARNING: warmup_epochs {config.warmup_epochs}, epochs {config.epochs}: the whole training is warm-up, with at most "
-            f"{config.epochs / config.warmup_epochs:.0%} of learning_rate. Set warmup_epochs to less than epochs."
+            f"WARNING: warmup_epochs {config.warmup}, epochs {config.epochs}: the whole training is warm-up, with at most "
+            f"{config.epochs / config.warmup:.0%} of learning_rate. Set warmup_epochs to less than epochs."
         )
     if config.optimizer == "sgd" and config.epochs * config.iterations_per_epoch < LONG_ENOUGH_FOR_SGD:
         lines.append(short_for_sgd(config))
@@ -70,6 +70,26 @@ def short_for_sgd(config: CVAConfig) -> str:
         "Dice after fine-tuning was 0.083 +- 0.085 below training from scratch (ahead in 0 of 6 splits), with optimizer adamw, "
         "learning_rate 0.001, weight_decay 0.01 it was 0.141 +- 0.082 above (6 of 6). In between nothing was measured."
     )
+
+
+def out_of_memory(error: BaseException, config: CVAConfig) -> str:
+    """What to change when a step does not fit into the device, with what it needed."""
+    gigabytes = 2**30
+    needed = ""
+    if torch.cuda.is_available():
+        used, there = (
+            torch.cuda.max_memory_allocated(),
+            torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+        )
+        needed = f" It held {used / gigabytes:.1f} GB when more was asked for; the device has {there / gigabytes:.1f} GB."
+    return f"A step does not fit into the memory of the device.{needed} Set {less_memory(config)}. ({str(error).splitlines()[0]})"
+
+
+def less_memory(config: CVAConfig) -> str:
+    """What to set next for a step that takes less."""
+    sizes = "a smaller batch_size or patch_size of the configuration"
+    more = {False: '"selective", then true', "selective": "true"}.get(config.gradient_checkpointing)
+    return sizes if more is None else f'gradient_checkpointing {more} in "cva", or {sizes}'
 
 
 def metrics(record: dict[str, Any]) -> list[str]:

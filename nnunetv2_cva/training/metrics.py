@@ -41,6 +41,7 @@ METRICS = {
         Metric("watched_loss", "total loss of the watched cases, where no views are compared", "lower", LOSSES),
         Metric("overlap", "real overlap of the views", "", SHARES),
         Metric("learning_rate", "of this epoch", "", RATE),
+        Metric("skipped", "steps left out because their loss or gradient was not finite", "lower"),
         Metric("data_wait", "share of the time spent waiting for data", "lower", SHARES),
         Metric("alignment", "mean cosine of corresponding bins, in what the losses compare", "higher", AGREEMENT),
         Metric("retrieval", "how often the most similar bin of the other view is the corresponding one", "higher", AGREEMENT),

@@ -12,6 +12,7 @@ from torch import Tensor
 from nnunetv2_cva import losses
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
+from nnunetv2_cva.training.device import Share
 from nnunetv2_cva.views.augment import augment
 from nnunetv2_cva.views.masking import draw_mask, expand_mask, hide
 
@@ -29,18 +30,33 @@ class Prepared:
     hidden: Tensor | None
 
 
-def prepare(batch: dict[str, Any], config: CVAConfig, block: tuple[int, int, int], device: torch.device, *seed: int) -> Prepared:
-    """Augment the loader's batch and draw its masks, all from ``seed``. On a CPU the batch's views are changed in place."""
+def prepare(
+    batch: dict[str, Any],
+    config: CVAConfig,
+    block: tuple[int, int, int],
+    device: torch.device,
+    *seed: int,
+    share: Share | None = None,
+) -> Prepared:
+    """Augment the loader's batch and draw its masks, all from ``seed``. On a CPU the batch's views are changed in place.
+
+    ``share``: which cases of the step the batch has, None: all. Masks and what is done to intensities are drawn for the whole
+    step, so that they do not depend on the number of processes; the noise itself does.
+    """
     # Without waiting only from pinned memory: the loader writes into the batch's own memory again.
     at_once = device.type == "cuda"
     views, rois, inside = (batch[name].to(device, non_blocking=at_once) for name in ("views", "rois", "inside"))
-    noise = torch.Generator(device).manual_seed(torch_seed("noise", *seed))
-    views = augment(views, config, stream("intensities", *seed), noise)
+    per_case = 2 if config.needs_second_view else 1
+    share = share or Share((len(views) // per_case,))
+    noise = torch.Generator(device).manual_seed(torch_seed("noise", *seed, share.rank))
+    part = (share.begin, share.end, share.total)
+    views = augment(views, config, stream("intensities", *seed), noise, part)
     if config.mask_ratio == 0:
         return Prepared(views, rois, inside, views, None, None)
     i, j, k = views.shape[2:]
     size = (i, j, k)
-    mask = draw_mask(len(views), size, block, config.mask_ratio, stream("masks", *seed))
+    mask = draw_mask(per_case * share.total, size, block, config.mask_ratio, stream("masks", *seed))
+    mask = mask.unflatten(0, (per_case, share.total))[:, share.begin : share.end].flatten(0, 1).contiguous()
     if at_once:
         mask = mask.pin_memory()  # a copy from ordinary memory may wait for the GPU
     mask = mask.to(device, non_blocking=at_once)

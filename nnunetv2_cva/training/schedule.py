@@ -25,9 +25,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum (the paper's U-Nets) or AdamW (the paper's Primus), on CUDA fused if configured."""
     trained = [p for p in parameters if p.requires_grad]
-    fused = config.fused_optimizer if device.type == "cuda" else None
+    fused = config.fused_optimizer if device.type in ("cuda", "cpu") else None  # fused ones can skip a step without waiting
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             trained,
             config.learning_rate,
             config.momentum,
@@ -35,4 +35,7 @@ def make_optimizer(
             nesterov=config.momentum > 0,
             fused=fused,
         )
+        if fused:  # torch leaves them uninitialised where the first step is skipped
+            optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in trained if config.momentum > 0})
+        return optimizer
     return torch.optim.AdamW(trained, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused)

@@ -61,9 +61,10 @@ class TrainingStep:
         teacher have moved on."""
         with self.attention():
             losses = self._first_gradients(batch) if self._unproven else self._gradients(batch)
-        if self._update() and self.run.teacher is not None:
+        moved, skipped = self._update(losses["total"].detach())
+        if moved and self.run.teacher is not None:
             self.run.teacher.follow(self.run.student, self.config.teacher_momentum)
-        return {name: loss.detach() for name, loss in losses.items()}
+        return {**{name: loss.detach() for name, loss in losses.items()}, "skipped": skipped}
 
     def _gradients(self, batch: Prepared) -> dict[str, Tensor]:
         self.run.optimizer.zero_grad(set_to_none=True)
@@ -93,20 +94,26 @@ class TrainingStep:
             self.say(f"Going on without torch.compile, which failed: {reason} (nnUNet_compile=0 switches it off)")
             return losses
 
-    def _update(self) -> bool:
-        """Clip and step. False when the loss scaler skipped the step, because a gradient was not finite."""
+    def _update(self, total: Tensor) -> tuple[bool, Tensor]:
+        """Clip and step. Returns whether the weights may have moved, and 1.0 where the batch's loss or gradient was not finite,
+        in which case they have not: known to the device only, without waiting for it. The teacher goes on following."""
         optimizer, scaler = self.run.optimizer, self.run.scaler
         parameters = optimizer.param_groups[0]["params"]
         if scaler is None:
-            nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
-            optimizer.step()
-            return True
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            bad = (~(total.isfinite() & norm.isfinite())).float()
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch's loss scaler tells a fused optimizer
+                optimizer.step()
+            elif not bad:
+                optimizer.step()
+            return True, bad
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
         scaler.step(optimizer)
         scaler.update()
         before, self._scale = self._scale, scaler.get_scale()
-        return self._scale >= before
+        return self._scale >= before, (~total.isfinite()).float()  # a gradient alone may overflow until the scale has settled
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -33,14 +33,17 @@ from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import messages
 from nnunetv2_cva.training.attention import choose, preferring
 from nnunetv2_cva.training.copies import DeviceBatches, Lane
-from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
-from nnunetv2_cva.training.device import autocast_dtype, share_of_rank
+from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_cases_of_run, check_folds, keep_back, open_cases
+from nnunetv2_cva.training.device import autocast_dtype, local_device, one_after_the_other, share_of_rank
+from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.objective import Objective, objective, prepare
+from nnunetv2_cva.training.progress import Progress, judge_skipped
 from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
 from nnunetv2_cva.training.step import TrainingStep, all_finite
+from nnunetv2_cva.training.stopping import EXIT_CODE, Stopped, Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
 
@@ -68,7 +71,11 @@ class CVATrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
+        self._constructed = monotonic()
+        self._asked_to_continue = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
+            self.device = local_device(device)
         self.config = resolve(type(self).config, self.plans_manager.plans, configuration, os.environ)
         self.num_epochs = self.config.epochs
         self.num_iterations_per_epoch = self.config.iterations_per_epoch
@@ -87,6 +94,8 @@ class CVATrainer(nnUNetTrainer):
         self._to_fine_tune = checkpoints.FINAL
         self._resumed: dict[str, Any] | None = None
         self._resumed_from = ""
+        self._stopping: Stopping | None = None
+        self._progress = Progress()
         self._started_from: dict[str, Any] | None = None  # licence and citations of the weights of init_from
 
     def _check_plans(self) -> None:
@@ -143,7 +152,28 @@ class CVATrainer(nnUNetTrainer):
 
     # ---- start
 
+    def run_training(self) -> None:
+        """nnU-Net's loop, alone in its folder, until it ends or is told to stop.
+
+        Raises:
+            Stopped: before the end, saved.
+        """
+        self._stopping = Stopping(self.config.stop_after_minutes, self._constructed)
+        alone = only_one(self.output_folder, self.print_to_log_file) if self.local_rank == 0 else nullcontext()
+        with alone, self._stopping.noticing():
+            super().run_training()
+
+    def _claim_folder(self) -> None:
+        """Find what is to be continued, or make sure that nothing is destroyed."""
+        if self._resumed is None and self._asked_to_continue and checkpoints.can_be_continued(self.output_folder):
+            self.load_checkpoint(join(self.output_folder, checkpoints.LATEST))  # nnU-Net does not know of the previous one
+        elif self._resumed is None and self.local_rank == 0:
+            aside = refuse_or_set_aside(self.output_folder, [os.path.basename(self.log_file)], self.config.set_aside)
+            if aside is not None:
+                self.print_to_log_file(f"An earlier run was moved to {aside}.")
+
     def on_train_start(self) -> None:
+        self._claim_folder()
         if not self.was_initialized:
             self.initialize()
         self._start_from_file()
@@ -153,6 +183,9 @@ class CVATrainer(nnUNetTrainer):
         has_teacher = self.teacher is not None
         for line in messages.opening(self.config, cases, self.view_size, self.student, has_teacher, self.autocast_dtype):
             self.print_to_log_file(line)
+        if self.is_ddp:
+            shares = ", ".join(map(str, self.data.share.per_rank))
+            self.print_to_log_file(f"Cases of a step on each of {dist.get_world_size()} processes: {shares}.")
         self.print_plans()
         if self.local_rank == 0:
             self._write_folder()
@@ -170,12 +203,16 @@ class CVATrainer(nnUNetTrainer):
             attention=partial(preferring, self._choose_attention()),
         )
         self._at_start = self._measure_start()
-        its = self.num_iterations_per_epoch
+        its = self.config.iterations_per_epoch
+        self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
+        first = self.current_epoch * its + len(self._progress.outputs)
         self._views = Views(self.output_folder, self.num_epochs)
-        self._bar = RunBar(self.num_epochs * its, self.current_epoch * its, self.local_rank == 0)
+        self._bar = RunBar(self.num_epochs * its, first, self.local_rank == 0)
         self._board = Board(self.output_folder, self.local_rank == 0)
-        batches = self.data.batches(self.current_epoch * its, self.num_epochs * its)
+        batches = self.data.batches(first, self.num_epochs * its)
         self.dataloader_train = DeviceBatches(batches, Lane(self.device)) if self.device.type == "cuda" else batches
+        if self._resumed is not None:
+            self._mend_best()
         self._resumed = None
         self._saved_at = monotonic()
         empty_cache(self.device)
@@ -208,8 +245,11 @@ class CVATrainer(nnUNetTrainer):
         if self._resumed is not None:
             if self.teacher is not None:
                 self.teacher.load_state_dict(self._resumed["cva"]["teacher"])
+            steps = self._resumed["cva"].get("step", 0)
+            within = f" and {steps} iterations" if steps else ""
             self.print_to_log_file(
-                f"Resuming after {self.current_epoch} epochs: student, teacher, heads, optimizer as in {self._resumed_from}."
+                f"Resuming after {self.current_epoch} epochs{within}: student, teacher, heads, optimizer as in "
+                f"{self._resumed_from}."
             )
         elif _checksum(self.network) != self._built:
             teacher = "the teacher starts as a copy of them" if self.teacher else "there is no teacher"
@@ -220,7 +260,8 @@ class CVATrainer(nnUNetTrainer):
 
     def open_data(self) -> None:
         """Cases to train on and pairs to watch. The student has to be there."""
-        training, watched = self.do_split()
+        with one_after_the_other():  # the first one writes nnU-Net's splits
+            training, watched = self.do_split()
         self.data = TrainingData(
             self.preprocessed_dataset_folder,
             training,
@@ -233,6 +274,15 @@ class CVATrainer(nnUNetTrainer):
             self.print_to_log_file,
         )
         self.watched_batches = self.data.watched_batches()
+        before = None if self._resumed is None else self._resumed["cva"].get("cases")
+        changed = "" if before is None else check_cases_of_run(before, self.data.stamps())
+        if changed and not self.config.other_cases:
+            raise ValueError(
+                f"The training cases are not those that the run began with: {changed}. Restore them, or continue with them as "
+                "they are now: set other_cases to true."
+            )
+        if changed:
+            self.print_to_log_file(f"WARNING: the training cases are not those that the run began with: {changed}.")
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the watched pairs."""
@@ -257,16 +307,19 @@ class CVATrainer(nnUNetTrainer):
         if self.is_ddp and self.config.gradient_checkpointing:
             # torch 2.6 cannot cut a graph that recomputes dropped paths at DDP's buckets, and would not compile at all.
             torch._dynamo.config.optimize_ddp = False
-        return nn.parallel.DistributedDataParallel(module, device_ids=[self.local_rank]) if self.is_ddp else module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids) if self.is_ddp else module
 
     # ---- one epoch
 
     def on_epoch_start(self) -> None:
-        self._began = monotonic()
-        self._pace = messages.Pace(self.num_iterations_per_epoch, self.print_to_log_file)
+        if not self._progress.outputs:
+            self._progress = Progress()
+        self._stop_if_told()
+        self._pace = messages.Pace(self.config.iterations_per_epoch, self.print_to_log_file)
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(torch_seed("network", self.config.seed, self.current_epoch, self.local_rank))
+        self.num_iterations_per_epoch = self.config.iterations_per_epoch - len(self._progress.outputs)  # after a stop: the rest
         self.student.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.current_epoch, self.config)
@@ -276,14 +329,36 @@ class CVATrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         block = self.student.backbone.block
-        ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], self.local_rank)
-        losses = self._step(ready)
+        ready = prepare(batch, self.config, block, self.device, self.config.seed, batch["step"], share=self.data.share)
+        torch.manual_seed(torch_seed("network", self.config.seed, batch["step"], self.local_rank))
+        try:
+            losses = self._step(ready)
+        except torch.cuda.OutOfMemoryError as e:
+            raise RuntimeError(messages.out_of_memory(e, self.config)) from e
         self._pace.tick()
         self._bar.tick()
-        last = self._pace.steps == self.num_iterations_per_epoch
+        output = {**losses, "overlap": batch["overlap"].mean()}
+        self._progress.outputs.append(output)
+        last = len(self._progress.outputs) == self.config.iterations_per_epoch
         if last and self.local_rank == 0 and self._views.due(self.current_epoch):
             self._views.keep(ready, 2 if self.config.needs_second_view else 1)
-        return {**losses, "overlap": batch["overlap"].mean()}
+        self._stop_if_told()
+        return output
+
+    def _stop_if_told(self) -> None:
+        """Save and end the program, all ranks after the same step."""
+        reason = "" if self._stopping is None else self._stopping.reason()
+        if reason:
+            self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
+            if self.is_ddp:
+                dist.barrier()  # who ended before the file is written would have the others ended
+            self.dataloader_train.close()
+            done = len(self._progress.outputs)
+            self.print_to_log_file(
+                f"Stopped: {reason}. Saved after {self.current_epoch} epochs and {done} iterations: --c goes on from there. "
+                f"Exit code {EXIT_CODE}."
+            )
+            raise Stopped
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """nnU-Net's, beside the progress bar of the run where there is one."""
@@ -296,27 +371,30 @@ class CVATrainer(nnUNetTrainer):
         return torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
-        seconds = monotonic() - self._began
-        means = {k: torch.stack([o[k].to(self.device) for o in train_outputs]).mean() for k in train_outputs[0]}
-        if self.is_ddp:
-            for value in means.values():
-                dist.all_reduce(value, dist.ReduceOp.AVG)
-        finite = bool(torch.isfinite(means["total"]))
+        seconds = self._progress.seconds + monotonic() - self._progress.began
+        steps, whole = self.config.iterations_per_epoch, self._progress
+        whole.outputs[len(whole.outputs) - len(train_outputs) :] = train_outputs
+        means, left_out = whole.means(self.device)
+        first = self.current_epoch * steps
+        said = judge_skipped(left_out, steps, lambda found: self.data.cases_of(first + n for n in found))
+        if said:
+            self.print_to_log_file(said)
+        finite = math.isfinite(means["total"])
         if not (finite and all_finite(self.student)):  # the last step of an epoch may spoil the weights without showing in a loss
-            what = "weights are not finite after" if finite else f"loss became {means['total'].item()} in"
+            what = "weights are not finite after" if finite else f"loss became {means['total']} in"
             raise RuntimeError(
                 f"The {what} epoch {self.current_epoch}. The last checkpoint is untouched: "
                 "continue from it with --c and precision fp32, or start again with a lower learning_rate."
             )
-        overlap = means.pop("overlap").item()
+        others = {name: means.pop(name) for name in ("overlap", "skipped")}
         self.record: dict[str, Any] = {
             "epoch": self.current_epoch,
-            **{f"{name}_loss": value.item() for name, value in means.items()},
+            **{f"{name}_loss": value for name, value in means.items()},
             **self._nulls(),
             **self._at_start,
-            "overlap": overlap,
+            **others,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "data_wait": self.dataloader_train.waited / seconds,
+            "data_wait": (whole.waited + self.dataloader_train.waited) / seconds,
             "seconds": seconds,
         }
 
@@ -346,8 +424,10 @@ class CVATrainer(nnUNetTrainer):
         key, sign = best.name, best.sign
         earlier = [sign * record[key] for record in self.history.epochs if key in record]
         improved = not earlier or sign * self.record[key] > max(earlier)
-        self.record["seconds"] = monotonic() - self._began
+        self.record["seconds"] = self._progress.seconds + monotonic() - self._progress.began
         self.history.epochs.append(self.record)
+        self.current_epoch += 1
+        self._progress = Progress()
         self._save(improved)
         if self.local_rank == 0:
             self._report(f"best so far: {key}" if improved else "")
@@ -358,17 +438,34 @@ class CVATrainer(nnUNetTrainer):
                 self._views.draw(self.student, self.autocast)
             except OSError as e:  # a picture is not worth a run
                 self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
-        self.current_epoch += 1
 
     def _save(self, improved: bool) -> None:
         """Latest, where it is time, and best. Latest first: best alone cannot be continued."""
         age = monotonic() - self._saved_at + self.record["seconds"]
-        last = self.current_epoch == self.num_epochs - 1
-        if not last and (self.current_epoch == 0 or age > 60 * self.config.checkpoint_minutes):
-            self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
-            self._saved_at = monotonic()
-        if improved:
-            self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
+        last = self.current_epoch == self.num_epochs
+        due = not last and (self.current_epoch == 1 or age > 60 * self.config.checkpoint_minutes)
+        for name in (*((checkpoints.LATEST,) if due else ()), *((checkpoints.BEST,) if improved else ())):
+            try:
+                self.save_checkpoint(join(self.output_folder, name))
+            except OSError as e:  # a disk that is full now need not be in the end
+                self.print_to_log_file(f"WARNING: {e} Training goes on.")
+            else:
+                self._saved_at = monotonic() if name == checkpoints.LATEST else self._saved_at
+
+    def _mend_best(self) -> None:
+        """Write the best checkpoint again from the weights that are continued, where a kill has left none or one of an earlier
+        epoch than the best of the history."""
+        metric, epochs = criterion(self.config), self.history.epochs
+        scored = [e for e in epochs if metric.name in e]
+        if self.local_rank != 0 or not scored or self._progress.outputs:
+            return
+        best = max(scored, key=lambda e: metric.sign * e[metric.name])["epoch"] + 1
+        found = checkpoints.summary(join(self.output_folder, checkpoints.BEST))
+        if found is not None and found["current_epoch"] >= best:
+            return
+        self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
+        lost = "" if best == self.current_epoch else f" The best was after {best} epochs, and those weights are lost."
+        self.print_to_log_file(f"{checkpoints.BEST} was made again from the weights after {self.current_epoch} epochs.{lost}")
 
     def _report(self, note: str) -> None:
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
@@ -376,15 +473,15 @@ class CVATrainer(nnUNetTrainer):
             self.print_to_log_file(line)
         for logger in (*self.logger.loggers, self._board):
             for name in messages.metrics(self.record):
-                logger.log(name, self.record[name], self.current_epoch)
+                logger.log(name, self.record[name], self.record["epoch"])
 
     # ---- end
 
     def on_train_end(self) -> None:
         self.save_checkpoint(join(self.output_folder, checkpoints.FINAL))
-        latest = join(self.output_folder, checkpoints.LATEST)
-        if self.local_rank == 0 and not self.disable_checkpointing and isfile(latest):
-            os.remove(latest)
+        for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if self.local_rank == 0 and not self.disable_checkpointing else ():
+            with suppress(FileNotFoundError):
+                os.remove(join(self.output_folder, name))
         self.dataloader_train.close()
         self._bar.close()
         self._board.close()
@@ -409,6 +506,7 @@ class CVATrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""
+        progress = self._progress.state(0.0 if self.dataloader_train is None else self.dataloader_train.waited)  # of all ranks
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         name = os.path.basename(filename)
@@ -421,19 +519,22 @@ class CVATrainer(nnUNetTrainer):
             },
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": None,
-            "current_epoch": self.current_epoch + (name != checkpoints.FINAL),  # final: the last epoch is counted already
+            "current_epoch": self.current_epoch,
             "cva": {
                 "version": __version__,
                 "config": self.config.as_dict(),
                 "history": self.history.epochs,
                 "backbone_trainer": self.backbone_trainer.__name__,
+                "step": len(self._progress.outputs),
+                "progress": progress,
+                "cases": self.data.stamps(),
                 "started_from": self._started_from,
             },
         }
         checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Continue a run exactly. Takes the newer of final and latest, whichever of them nnU-Net asks for.
+        """Continue a run exactly, from the checkpoint that came furthest, whichever of them nnU-Net asks for.
 
         Asked for best where there is a final one (``--val_best``): best's weights are what the closing command names.
         """
@@ -441,8 +542,7 @@ class CVATrainer(nnUNetTrainer):
         if os.path.basename(filename_or_checkpoint) == checkpoints.BEST and isfile(join(folder, checkpoints.FINAL)):
             self._to_fine_tune = checkpoints.BEST
             return
-        path = checkpoints.newest(filename_or_checkpoint)
-        content = checkpoints.load_whole(path)
+        path, content = checkpoints.newest(folder, self.print_to_log_file)
         self.config = check_resumable(content["cva"]["config"], self.config)
         checkpoints.check_plans(content["init_args"]["plans"], self.plans_manager.plans, self.configuration_name)
         if not self.was_initialized:

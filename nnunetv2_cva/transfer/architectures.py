@@ -6,7 +6,7 @@ import pydoc
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.transfer.card import entry, plain
@@ -32,11 +32,19 @@ IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
 PRIMUS_SIZES = {(396, 12, 6): "PrimusS", (792, 12, 12): "PrimusB", (864, 16, 12): "PrimusM", (1056, 24, 16): "PrimusL"}
 DYNAMIC = ("ResidualEncoderUNet", "PlainConvUNet")
 TOKEN = (8, 8, 8)
+HEAD_WIDTHS = (66, 72)
 _HOME = "dynamic_network_architectures.architectures"
+PRIMUS = f"{_HOME}.primus.Primus"
 
 
-def built(architecture: Mapping[str, Any], channels: int, classes: int, view: tuple[int, ...]) -> nn.Module:
-    """The network that ``architecture_plans`` describe.
+def built(
+    architecture: Mapping[str, Any],
+    channels: int,
+    classes: int,
+    view: tuple[int, ...],
+    weights: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """The network that ``architecture_plans`` describe; a Primus of a size without a name as its ``weights`` do.
 
     Raises:
         ValueError: the format has no such network, or an argument names something that is no layer of torch.
@@ -48,6 +56,8 @@ def built(architecture: Mapping[str, Any], channels: int, classes: int, view: tu
     if name in sizes:
         width, depth, heads = sizes[name]
         return primus.Primus(channels, width, TOKEN, classes, depth, heads, view, init_values=0.1, scale_attn_inner=True)
+    if weights is not None and "Primus" in name:
+        return primus.Primus(channels, num_classes=classes, input_shape=view, **primus_arguments(weights))
     if name == "ResEncL":
         name, arguments = DYNAMIC[0], dict(RESENC_L)
     if name not in DYNAMIC:
@@ -60,6 +70,33 @@ def built(architecture: Mapping[str, Any], channels: int, classes: int, view: tu
         raise ValueError(f"{name} cannot be built from the arguments that the file states: {e}") from None
 
 
+def primus_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the Primus V1 whose state dict this is, but for channels, classes and view.
+
+    Everything but the number of heads follows from names and shapes. Heads are taken to have 66 channels, or 72 where that does
+    not divide, as all of Primus S, B, M, L and nnFoundation's have.
+
+    Raises:
+        ValueError: heads of neither width divide the channels.
+    """
+    width, hidden = weights["eva.norm.weight"].shape[0], weights["eva.blocks.0.mlp.fc1_x.weight"].shape[0]
+    heads = next((width // n for n in HEAD_WIDTHS if width % n == 0), None)
+    if heads is None:
+        raise ValueError(f"A Primus of {width} channels: expected a multiple of {' or '.join(map(str, HEAD_WIDTHS))}.")
+    return {
+        "embed_dim": width,
+        "patch_embed_size": list(weights["down_projection.proj.weight"].shape[2:]),
+        "eva_depth": len({k.split(".")[2] for k in weights if k.startswith("eva.blocks.")}),
+        "eva_numheads": heads,
+        "mlp_ratio": hidden / width + 1e-6,  # the network rounds down
+        "num_register_tokens": weights["register_tokens"].shape[1] if "register_tokens" in weights else 0,
+        "use_abs_pos_embed": "eva.pos_embed" in weights,
+        "init_values": 0.1 if "eva.blocks.0.gamma_1" in weights else None,
+        "scale_attn_inner": "eva.blocks.0.attn.norm.weight" in weights,
+        "drop_path_rate": 0.2,
+    }
+
+
 def importable(architecture: Mapping[str, Any]) -> None:
     """That nothing but networks of dynamic_network_architectures and layers of torch is named in ``architecture`` of plans, which
     nnU-Net imports and calls.
@@ -70,18 +107,20 @@ def importable(architecture: Mapping[str, Any]) -> None:
     kind = architecture.get("network_class_name")
     if kind is None:
         return  # plans of another time, whose network nnU-Net names itself
-    allowed = {f"{_HOME}.{module}.{name}" for module in ("unet", "residual_unet") for name in DYNAMIC}
+    allowed = {f"{_HOME}.{module}.{name}" for module in ("unet", "residual_unet") for name in DYNAMIC} | {PRIMUS}
     if kind not in allowed:
         raise ValueError(
-            f"The plans in the file name {kind!r} as their network, which is not imported: expected a U-Net of {_HOME}."
+            f"The plans in the file name {kind!r} as their network, which is not imported: expected a U-Net or Primus of {_HOME}."
         )
     imported = architecture.get("_kw_requires_import")
     for name in imported if isinstance(imported, list) else []:
         torch_class(entry(architecture, "arch_kwargs").get(name))
 
 
-def in_plans(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The U-Net of ``architecture_plans`` as nnU-Net's plans describe it; None for anything else."""
+def in_plans(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The U-Net of ``architecture_plans``, or the Primus V1 whose ``weights`` these are, as plans describe it; else None."""
+    if "down_projection.proj.weight" in weights:
+        return {"network_class_name": PRIMUS, "arch_kwargs": primus_arguments(weights), "_kw_requires_import": []}
     name, arguments = str(architecture.get("arch_class_name")).rpartition(".")[2], entry(architecture, "arch_kwargs")
     if name == "ResEncL":
         name, arguments = DYNAMIC[0], dict(RESENC_L)

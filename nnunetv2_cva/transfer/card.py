@@ -12,6 +12,7 @@ from nnunetv2_cva import __version__, nnunet
 from nnunetv2_cva.model.family import Family
 from nnunetv2_cva.transfer.licence import chosen, terms
 
+NO_RESAMPLING = "no_resampling_hack"  # nnU-Net's name for leaving images at their spacing
 CITATIONS = {
     "Consistent View Alignment": "Vaish, P., et al. (2025). Consistent View Alignment Improves Foundation Models for 3D Medical "
     "Image Segmentation. arXiv preprint arXiv:2509.13846.",
@@ -75,7 +76,7 @@ def from_training(
         "family": ours.get("family"),
     }
     if found := settings(plans, configuration):
-        card["spacing"] = found.get("spacing")
+        card["spacing"] = None if found.get("resampling_fn_data") == NO_RESAMPLING else found.get("spacing")
         card["normalization_schemes"] = found.get("normalization_schemes")
         card["view_size"] = found.get("patch_size")
     data = dataset_json or {}
@@ -101,6 +102,14 @@ def inheritance(card: Mapping[str, Any], file: str) -> dict[str, Any]:
     kept = {k: card.get(k) for k in ("licence", "published", "trainer", "started_from") if card.get(k)}
     cited = _cited(card, None)
     return plain({"file": file, "dataset": entry(card, "dataset").get("name"), **kept, **({"citations": cited} if cited else {})})
+
+
+def _without_paths(config: Any) -> Any:
+    """Settings as others may see them: of a file that was started from its name, not where it lay."""
+    started = config.get("init_from") if isinstance(config, Mapping) else None
+    if not isinstance(started, str) or started.startswith("hf://"):
+        return config
+    return {**config, "init_from": Path(started).name}
 
 
 def _cited(card: Mapping[str, Any], more: Any) -> list[dict[str, Any]]:
@@ -151,6 +160,7 @@ def completed(card: Mapping[str, Any], family: Family, branch: str, file: Path, 
             **card,
             "branch": branch,
             "file": file.name,
+            "config": _without_paths(card.get("config")),
             "licence": chosen(licence, card.get("licence"), file),
             "citations": found,
             "exported_with": f"nnunetv2_cva {__version__}",

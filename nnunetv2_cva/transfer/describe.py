@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nnunetv2_cva.transfer.card import entry
-from nnunetv2_cva.transfer.read import read
+from torch import Tensor
+
+from nnunetv2_cva.model.family import UNKNOWN, Names
+from nnunetv2_cva.transfer.card import entry, plain
+from nnunetv2_cva.transfer.licence import NOT_STATED
+from nnunetv2_cva.transfer.read import Source, read
+
+# What has a line of its own, is said elsewhere, or is long: the plans, and the family of the network.
+_SAID = {"trainer", "configuration", "spacing", "normalization_schemes", "view_size", "epochs", "metrics", "config", "branch"}
+_SAID |= {"version", "exported_with", "licence", "citations", "dataset", "plans", "family"}
 
 
 @dataclass(frozen=True)
 class Description:
-    """``facts``: name and text, what the file does not state left out. ``plans``: of the pretraining."""
+    """``facts``: name and text, what the file does not state left out. ``everything``: the whole card and what was found."""
 
     facts: tuple[tuple[str, str], ...]
-    plans: dict[str, Any]
+    everything: dict[str, Any]
+
+    @property
+    def plans(self) -> dict[str, Any]:
+        """Of the pretraining."""
+        return entry(self.everything, "card", "plans")
 
 
 def describe(file: str, trust: bool = False) -> Description:
@@ -36,30 +50,49 @@ def describe(file: str, trust: bool = False) -> Description:
         ("channels", data.get("channel_names")),
         ("plans", plans.get("plans_name")),
         ("configuration", card.get("configuration")),
-        ("spacing", card.get("spacing")),
+        ("spacing", card.get("spacing") or ("not resampled" if "spacing" in card and plans else None)),
         ("normalisation", card.get("normalization_schemes")),
         ("view size", card.get("view_size")),
         ("epochs", card.get("epochs")),
         ("metrics", card.get("metrics")),
         ("settings", card.get("config")),
         ("branch", source.branch),
-        ("decoder", ", ".join(source.decoder)),
+        ("decoder", ", ".join(source.decoder) if _has_decoder(source) else "none in the file"),
         ("version", card.get("version")),
         ("exported with", card.get("exported_with")),
-        ("licence", card.get("licence") or "not stated"),
-        ("published", card.get("published")),
-        ("started from", _text({k: v for k, v in entry(card, "started_from").items() if k != "citations"}) or None),
+        ("licence", card.get("licence") or NOT_STATED),
     ]
+    # Whatever else the card holds: nothing in it is kept from its reader.
+    facts += [(name.replace("_", " "), value) for name, value in card.items() if name not in _SAID]
     citations = card.get("citations")
     facts += [("cite", _citation(c)) for c in (citations if isinstance(citations, list) else [])]
     facts += [("note", note) for note in source.notes]
-    return Description(tuple((name, _text(value)) for name, value in facts if value not in (None, {}, [])), plans)
+    said = tuple((name, _text(value)) for name, value in facts if value not in (None, {}, []))
+    everything = {
+        "file": str(source.path),
+        "kind": source.kind,
+        "network": str(source.layout),
+        "parameters": sum(v.numel() for v in _once(source.weights)),
+        "decoder": list(source.decoder),
+        "notes": list(source.notes),
+        "card": plain(card),
+    }
+    return Description(said, everything)
+
+
+def _has_decoder(source: Source) -> bool:
+    names = Names(source.layout.family, source.weights)
+    return source.layout.family == UNKNOWN.family or any(names.part(key)[1] == "decoder" for key in source.weights)
+
+
+def _once(weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tensors without their second names."""
+    return list({(w.data_ptr(), w.shape): w for w in weights.values()}.values())
 
 
 def _citation(value: Any) -> str:
-    if isinstance(value, dict) and isinstance(value.get("apa_citations"), list):
-        return f"{value.get('name')}: {' '.join(map(str, value['apa_citations']))}"
-    return _text(value)
+    texts = (value.get("apa_citations") or value.get("bibtex_citations")) if isinstance(value, dict) else None
+    return f"{value.get('name')}: {' '.join(map(str, texts))}" if isinstance(texts, list) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,7 @@ from nnunetv2_cva.transfer.adapt import Transfer, fill, match, stock_obstacle
 from nnunetv2_cva.transfer.licence import chosen, reminders
 from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
 from nnunetv2_cva.transfer.plans import same_plans, write_plans
+from nnunetv2_cva.transfer.publish import write_hub_folder
 from nnunetv2_cva.transfer.read import Source, read
 from nnunetv2_cva.transfer.table import data_warnings, table
 from nnunetv2_cva.transfer.target import Target, find_target
@@ -102,6 +103,26 @@ def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
     if not output.dry_run:
         write_for_nnssl(output.file, network, transfer, target, output.licence)
     return Outcome(lines, written=not output.dry_run, plan=plan)
+
+
+def export_for_hub(weights: Weights, output: Output) -> Outcome:
+    """Write a folder as one uploads it, with the network of the pretraining itself.
+
+    Raises:
+        ValueError: anything that cannot be read, built or written.
+    """
+    source = read(weights.file, weights.branch, weights.trust)
+    chosen(output.licence, source.card.get("licence"), source.path)
+    target = own_target(source)
+    network, transfer = filled_with_itself(source, target, weights.decoder)
+    left = [r.keys[0] for r in transfer.rows if r.role == "encoder" and r.action != "carried"]
+    if left:
+        raise ValueError(f"{source.path} does not hold the whole encoder of {target.label}: {left[0]} is missing or differs.")
+    reminded = tuple(f"Warning: {line}." for line in reminders(source.card.get("licence")))
+    lines = (*_header(source, "Network", target), *table(transfer), *reminded)
+    if output.dry_run:
+        return Outcome(lines)
+    return Outcome((*lines, "", *write_hub_folder(output.file, network, transfer, target, output.licence)), written=True)
 
 
 def export_plans(weights: Weights, place: Place, output: Output) -> Outcome:

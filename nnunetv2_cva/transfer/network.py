@@ -96,4 +96,5 @@ def _built(source: Source) -> nn.Module:
     if not source.architecture:
         raise ValueError(f"{source.path} ({source.kind}) does not state how its network is built.")
     classes = [w.shape[0] for k, w in source.weights.items() if k.startswith("decoder.seg_layers.") and k.endswith(".weight")]
-    return built(source.architecture, source.layout.channels, classes[-1] if classes else 1, source.view or CONSUMERS_VIEW)
+    view = source.view or CONSUMERS_VIEW
+    return built(source.architecture, source.layout.channels, classes[-1] if classes else 1, view, source.weights)

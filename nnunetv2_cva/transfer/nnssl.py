@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match
 from nnunetv2_cva.transfer.architectures import TOKEN, built, named
-from nnunetv2_cva.transfer.card import completed, plain
+from nnunetv2_cva.transfer.card import NO_RESAMPLING, completed, plain
 from nnunetv2_cva.transfer.read import Source
 from nnunetv2_cva.transfer.resize import token_grid
 from nnunetv2_cva.transfer.target import Target, target_of
@@ -73,7 +73,7 @@ def adaptation_plan(network: nn.Module, target: Target, channels: int) -> dict[s
         ValueError: the format has no name for this network.
     """
     settings = target.settings
-    spacing = settings.get("spacing")
+    spacing = None if settings.get("resampling_fn_data") == NO_RESAMPLING else settings.get("spacing")
     isotropic = spacing is not None and all(abs(s - 1) < 1e-6 for s in spacing)
     style = "noresample" if spacing is None else "onemmiso" if isotropic else "median"
     names = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm", "patch_size")

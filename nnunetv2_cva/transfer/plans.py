@@ -28,7 +28,7 @@ def same_plans(transfer: Transfer, target: Target) -> str | None:
     """
     source = transfer.source
     name, plans = str(target.plans["dataset_name"]), entry(source.card, "plans").get("plans_name")
-    stages_differ = any("stage" in d for d in source.layout.differences(transfer.target))
+    stages_differ = any("stage" in d for d in source.layout.differences(transfer.target))  # a Primus has the view of its plans
     try:
         configuration, _ = _network_of(source)
     except ValueError:
@@ -78,13 +78,14 @@ def _network_of(source: Source) -> tuple[str, dict[str, Any]]:
     card = source.card
     plans, trained = entry(card, "plans"), card.get("configuration")
     found = settings(plans, trained)
-    if "architecture" in found:
+    primus = source.layout.family.kin == "Primus"
+    if "architecture" in found and not primus:
         name = nnunet.fine_tuned(plans, str(trained))
         found = settings(plans, name)
         importable(found["architecture"])
         return name, {k: v for k, v in found.items() if k in _NETWORK_AND_GRID or _RESAMPLING.fullmatch(k)}
-    architecture = in_plans(source.architecture)
+    architecture = in_plans(source.architecture, source.weights)
     if architecture is None:
-        raise ValueError(f"{source.path} ({source.kind}) does not state the architecture of a U-Net that plans could describe.")
+        raise ValueError(f"{source.path} ({source.kind}) does not state a U-Net or a Primus V1 that plans describe.")
     spacing = card.get("spacing")  # null: not resampled, for which nnU-Net has no plans
     return CONFIGURATION, {"architecture": architecture, "patch_size": card.get("view_size"), "spacing": spacing}

@@ -16,11 +16,13 @@ from nnunetv2_cva.model.families import layout_of
 from nnunetv2_cva.model.family import UNKNOWN, Family, Layout, Names
 from nnunetv2_cva.transfer.architectures import RESENC_L_STRIDES
 from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
+from nnunetv2_cva.transfer.hub import located
 from nnunetv2_cva.transfer.licence import NOT_STATED, known
 from nnunetv2_cva.transfer.names import called, nnunet_names
 from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 
+NNSSL = "nnssl checkpoint"
 AGAIN = "as when this file was exported: "
 
 
@@ -56,7 +58,7 @@ def read(path: str | Path, branch: str = "student", trust: bool = False, any_net
     Raises:
         ValueError: no checkpoint, unknown architecture, not finite, no such branch, or not to be opened without ``trust``.
     """
-    origin, path = str(path), Path(path)
+    origin, path = str(path), located(path, trust)
     content = opened(path, trust)
     stored = _state_dict(content, path)
     check_tensors(stored, path)
@@ -207,7 +209,7 @@ def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, 
         )
     return Source(
         path=path,
-        kind="nnssl checkpoint",
+        kind=NNSSL,
         branch=branch,
         weights=weights,
         layout=_with_strides(layout, strides),

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunetv2_cva.transfer.adapt import Row, Transfer
 from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.card import settings as settings_of
 
 ACTIONS = ("carried", "adapted", "fresh")
 
@@ -59,13 +60,32 @@ def data_warnings(card: Mapping[str, Any], settings: Mapping[str, Any], dataset_
         ("channel names", _names(entry(card, "dataset").get("channel_names")), _names(_channels(dataset_json))),
     )
     for name, there, here in pairs:
-        if there is None:
+        if there is None and name == "spacing" and "spacing" in card and entry(card, "plans"):
+            found.append(f"the images of the pretraining were not resampled; the target's have spacing {_text(here)}")
+        elif there is None:
             found.append(f"the file does not state its {name}; the target's: {_text(here)}")
         elif name == "normalisation" and _same_but_in_number(there, here):
             continue  # the channels' names say that their number differs
         elif not _alike(there, here):
             found.append(f"{name} of the pretraining {_text(there)}, of the target {_text(here)}")
+    return found + _other_layers(card, settings)
+
+
+def _other_layers(card: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Layers without weights of their own, or with others, that make another function of the same convolutions."""
+    theirs, found = settings_of(card.get("plans"), card.get("configuration")), []
+    for key, what in (("norm_op", "normalisation layers"), ("nonlin", "activations")):
+        there, here = (_layer(s, key) for s in (theirs, settings))
+        if there and here and there != here:
+            fresh = "; their running statistics start fresh" if "BatchNorm" in here else ""
+            found.append(f"the {what} differ, {there} in the file, {here} in the target: the encoder is another function{fresh}")
     return found
+
+
+def _layer(settings: Mapping[str, Any], key: str) -> str:
+    architecture = settings.get("architecture")
+    arguments = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+    return str(arguments.get(key) or "").rpartition(".")[2] if isinstance(arguments, Mapping) else ""
 
 
 def _parts(rows: tuple[Row, ...]) -> list[tuple[str, tuple[Row, ...]]]:
@@ -123,9 +143,8 @@ def _channels(dataset_json: Mapping[str, Any]) -> Any:
 
 
 def _names(channels: Any) -> list[str] | None:
-    if not isinstance(channels, Mapping) or not all(str(k).isdecimal() for k in channels):
-        return None
-    return [str(channels[k]).lower() for k in sorted(channels, key=int)]
+    """In their order, as nnU-Net takes them, whatever their keys are."""
+    return [str(name).lower() for name in channels.values()] if isinstance(channels, Mapping) else None
 
 
 def _alike(a: Any, b: Any) -> bool:

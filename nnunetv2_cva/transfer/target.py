@@ -211,12 +211,9 @@ def _check_dataset_json(content: dict[str, Any], file: Path) -> None:
     """What nnU-Net needs of it to build a network.
 
     Raises:
-        ValueError: labels or channels are missing, or channels are not counted from 0.
+        ValueError: labels or channels are missing. Whatever the channels' keys are, nnU-Net takes them in their order.
     """
     channels = entry(content, "channel_names") or entry(content, "modality")
     if not entry(content, "labels") or not channels:
         missing = "channel_names" if entry(content, "labels") else "labels"
         raise ValueError(f"{file} states no {missing}, which nnU-Net needs to build the network. Add them to this file.")
-    if sorted(channels) != sorted(map(str, range(len(channels)))):
-        found = ", ".join(channels)
-        raise ValueError(f'{file}: expected channels counted from 0, as in {{"0": "T1", "1": "T2"}}, found {found}.')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import pickle
 import re
 import shutil
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.files import read_object, written_whole
+from nnunetv2_cva.transfer.hub import DESCRIPTIONS, located
 from nnunetv2_cva.transfer.safety import check_archive, check_containers
 
 # How files begin that torch.save has written: as zip archives, or before PyTorch 1.6 as pickles (of protocol 2 and later).
@@ -40,9 +42,11 @@ def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[s
     Raises:
         ValueError: missing, damaged, no checkpoint; ``NeedsOption`` where code in it would be executed and it is not trusted.
     """
-    path = Path(path)
+    path = located(path, trust)
     if not path.is_file():
         raise ValueError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
     if not _beginning(path).startswith(BEGINNINGS):
         raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.")
     check_archive(path)
@@ -87,6 +91,46 @@ def _numpy_scalars() -> list[Any]:
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
     return [*((module.scalar, name) for name in names), np.dtype, *kinds]
+
+
+ALIASES = "aliases"  # in the header of a safetensors file: names of one tensor, as JSON
+
+
+def to_safetensors(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write ``weights`` as safetensors. A tensor with several names is stored once; the header says what they are."""
+    from safetensors.torch import save_file
+
+    first: dict[tuple[int, torch.Size], str] = {}
+    aliases = {}
+    for name, value in weights.items():
+        kept = first.setdefault((value.data_ptr(), value.shape), name)
+        if kept != name:
+            aliases[name] = kept
+    unique = {name: weights[name].detach().contiguous() for name in first.values()}
+    with written_whole(path) as partial:
+        save_file(unique, partial, metadata={"format": "pt", ALIASES: json.dumps(aliases)})
+
+
+def _from_safetensors(path: Path) -> dict[str, Any]:
+    """Numbers from the file, everything else from the JSON files beside it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dictionary
+            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
+    for name, kept in aliases.items() if isinstance(aliases, dict) else ():
+        if isinstance(kept, str) and kept in weights:
+            weights.setdefault(str(name), weights[kept])
+    content: dict[str, Any] = {"network_weights": weights}
+    config, plan = (path.with_name(name) for name in DESCRIPTIONS)
+    if config.is_file():
+        content["pretraining"] = read_object(config).get("pretraining")
+    if plan.is_file():
+        content["nnssl_adaptation_plan"] = read_object(plan)
+    return content
 
 
 def save_whole(content: dict[str, Any], path: str | Path, check: Callable[[Path], None] = lambda file: None) -> None:

@@ -14,7 +14,7 @@ same passes over memory and two more: on a CPU it took twice as long. Nothing ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -55,7 +55,13 @@ class Parameters:
     gamma: Choice  # (S, C) exponent
 
 
-def augment(views: Tensor, config: CVAConfig, generator: np.random.Generator, device_generator: torch.Generator) -> Tensor:
+def augment(
+    views: Tensor,
+    config: CVAConfig,
+    generator: np.random.Generator,
+    device_generator: torch.Generator,
+    part_of: tuple[int, int, int] | None = None,
+) -> Tensor:
     """The views with other intensities. Works in place: returns ``views`` (a changed copy if they are not contiguous).
 
     Args:
@@ -63,6 +69,8 @@ def augment(views: Tensor, config: CVAConfig, generator: np.random.Generator, de
             compares two views.
         generator: draws every parameter.
         device_generator: on the device of ``views``; draws the noise.
+        part_of: ``(begin, end, cases)`` where ``views`` are those of cases ``begin`` to before ``end`` of a larger batch: the
+            parameters are those that they have in that batch.
 
     Raises:
         ValueError: ``views`` have another shape or type, or an odd number of views where there should be two per case.
@@ -72,7 +80,8 @@ def augment(views: Tensor, config: CVAConfig, generator: np.random.Generator, de
         raise ValueError(
             f"augment: expected float32 views (N, C, I, J, K), {per_case} per case, found {views.dtype} {tuple(views.shape)}."
         )
-    parameters = draw(len(views), len(views) // per_case, views.shape[1], config, generator)
+    begin, end, cases = part_of or (0, len(views) // per_case, len(views) // per_case)
+    parameters = part(draw(per_case * cases, cases, views.shape[1], config, generator), begin, end)
     return apply(views.contiguous(), parameters, device_generator)
 
 
@@ -98,6 +107,21 @@ def draw(views: int, cases: int, channels: int, config: CVAConfig, generator: np
         inverted_gamma=choice(config.inverted_gamma_p, factors(config.gamma_range)),
         gamma=choice(config.gamma_p, factors(config.gamma_range)),
     )
+
+
+def part(parameters: Parameters, begin: int, end: int) -> Parameters:
+    """Those of cases ``begin`` to before ``end``, counted from 0 again."""
+    cases = parameters.cases
+    count = end - begin
+    if count == cases:
+        return parameters
+
+    def rows(choice: Choice) -> Choice:
+        kept = [n for n, row in enumerate(choice.rows) if begin <= row % cases < end]
+        return Choice([choice.rows[n] // cases * count + choice.rows[n] % cases - begin for n in kept], choice.values[kept])
+
+    chosen = {f.name: rows(getattr(parameters, f.name)) for f in fields(parameters) if f.name != "cases"}
+    return Parameters(cases=count, **chosen)
 
 
 @torch.no_grad()

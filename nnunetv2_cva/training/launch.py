@@ -1,0 +1,109 @@
+"""``nnUNetv2_train`` on one device or many: started once per device, by torchrun or by SLURM's srun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from torch.backends import cudnn
+
+from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder, with_folder
+from nnunetv2_cva.training.checkpoint import BEST
+from nnunetv2_cva.transfer.target import find_target
+
+TIMEOUT = timedelta(minutes=60)  # for the slowest rank: reading headers, compiling
+
+
+@dataclass(frozen=True)
+class Training:
+    """What nnUNetv2_train is given; names as there."""
+
+    dataset: str
+    configuration: str
+    fold: str
+    trainer: str = "nnUNetTrainerCVA"
+    plans: str = "nnUNetPlans"
+    pretrained_weights: str | None = None
+    num_gpus: int = 1
+    npz: bool = False
+    continue_training: bool = False
+    val: bool = False
+    val_best: bool = False
+    disable_checkpointing: bool = False
+    device: str = "cuda"
+
+
+def train(asked: Training) -> int:
+    """Train in this process, or as one of the processes that a launcher has started. Returns the exit code.
+
+    Raises:
+        ValueError: arguments that cannot be met, or what the trainer refuses.
+        Stopped: before the end, saved.
+    """
+    environment = os.environ
+    from_slurm(environment)
+    world = int(environment.get("WORLD_SIZE", "1"))
+    if asked.num_gpus > 1 and world == 1:
+        return _with_torchrun(asked.num_gpus)
+    if asked.fold != "all" and not asked.fold.isdecimal():
+        raise ValueError(f'`fold`: expected "all" or a number, found {asked.fold!r}.')
+    if asked.continue_training and (asked.val or asked.pretrained_weights):
+        raise ValueError("`continue_training` goes with neither `val` nor `pretrained_weights`. Give one of them.")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device=cuda`: torch finds no CUDA device here. `device=cpu` works everywhere, for trying things out.")
+    environment[VARIABLE] = with_folder(environment.get(VARIABLE), recipes_folder())
+    torch.set_num_threads(1 if asked.device == "cuda" or world > 1 else os.cpu_count() or 1)
+    with ExitStack() as ending:
+        if world > 1:
+            if asked.device == "cuda":
+                torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+            dist.init_process_group({"cuda": "nccl"}.get(asked.device, "gloo"), timeout=TIMEOUT)
+            ending.callback(dist.destroy_process_group)
+        _run(asked)
+    return 0
+
+
+def _run(asked: Training) -> None:
+    target = find_target(asked.dataset, asked.configuration, asked.plans, asked.trainer)
+    plans = {**target.plans, "continue_training": asked.continue_training}
+    fold = asked.fold if asked.fold == "all" else int(asked.fold)
+    trainer = target.trainer(plans, asked.configuration, fold, target.dataset_json, torch.device(asked.device))
+    trainer.disable_checkpointing = asked.disable_checkpointing
+    maybe_load_checkpoint(trainer, asked.continue_training, asked.val, asked.pretrained_weights)
+    cudnn.deterministic, cudnn.benchmark = False, torch.cuda.is_available()
+    if not asked.val:
+        trainer.run_training()
+    if asked.val_best:
+        trainer.load_checkpoint(os.path.join(trainer.output_folder, BEST))
+    trainer.perform_actual_validation(asked.npz)
+
+
+def from_slurm(environment: MutableMapping[str, str]) -> None:
+    """What torchrun would have set, for a task of a job step with several tasks (``srun``). Leaves alone what is there."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "RANK" in environment or "SLURM_PROCID" not in environment or not tasks.isdecimal() or int(tasks) < 2:
+        return
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
+        try:
+            done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            environment["MASTER_ADDR"] = done.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError) as e:
+            raise ValueError(f"The first of the nodes {nodes} could not be found ({e}): set MASTER_ADDR to its name.") from None
+    job = environment.get("SLURM_JOB_ID", "0")
+    environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000 if job.isdecimal() else 20000))
+    environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
+
+
+def _with_torchrun(processes: int) -> int:
+    """The same command once for each of ``processes`` devices of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*command, "--no-python", sys.executable, *sys.argv]).returncode
