@@ -96,11 +96,13 @@ def test_what_is_worse_than_the_untrained_network_from_the_first_epoch_on_is_see
     assert verdict(epochs).state == "COLLAPSING" and "the highest was 47" in verdict(epochs).reason
 
 
-def test_one_answer_to_all_is_a_collapse_and_position_is_none():
-    one = {"epoch": 0, "alignment": 0.99, "alignment_null": 0.98, "retrieval": 0.006, "retrieval_chance": 0.003}
-    assert verdict([one]).state == "COLLAPSING" and "all bins get one answer" in verdict([one]).reason
-    position = {**one, "alignment": 0.95, "alignment_null": 0.89, "retrieval": 0.4}
-    assert verdict([position]).state == "TOO EARLY"
+def test_agreement_that_tells_nothing_apart_is_a_collapse():
+    first = {"epoch": 0, "consistency_loss": 0.4, "retrieval": 0.005, "retrieval_chance": 0.003}
+    later = {**first, "consistency_loss": 0.001}
+    assert verdict([first, first, first]).state == verdict([first, later]).state == "TOO EARLY"
+    found = verdict([first, later, later])
+    assert found.state == "COLLAPSING" and "0.001, in the first epoch 0.4, but retrieval 0.005" in found.reason
+    assert verdict([first, *[{**later, "retrieval": 0.4}] * 2]).state == "TOO EARLY", "it agrees, and tells them apart"
 
 
 def test_a_verdict_depends_on_nothing_but_the_metrics():
