@@ -160,7 +160,7 @@ def training(device: str, report: Report) -> None:
 
     size = Size(pretraining=(24, 200), labels=4, splits=2, fine_tuning=500)
     if device == "cpu":
-        size = Size(images=10, test=4, pretraining=(2, 3), labels=1, splits=2, fine_tuning=4, scored=2, pairs=2)
+        size = Size(images=10, test=4, pretraining=(2, 3), labels=1, splits=2, fine_tuning=10, scored=2, pairs=2)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), device, size, report)
 

@@ -156,7 +156,8 @@ def agents(nodes, per_node, *options):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    settings = {"epochs": 2, "iterations_per_epoch": 3, "noise_p": 0.0, "checkpoint_minutes": 1e-9, "learning_rate": 1e-3}
+    settings = {"epochs": 2, "iterations_per_epoch": 3, "noise_p": 0.0, "checkpoint_minutes": 1e-9}
+    settings.update(optimizer="sgd", learning_rate=1e-3, warmup_epochs=0)
     make_project(tmp_path, monkeypatch, batch_size=3, cva=settings)
     return tmp_path
 

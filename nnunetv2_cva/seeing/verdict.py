@@ -3,7 +3,7 @@
 Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
 made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
 0.6 of the highest it had; in runs that collapse it falls to 0.4 or less of what the untrained network has, or what the losses
-compare becomes one answer to all. The thresholds stand between. Longer runs of larger networks were not recorded: there they
+compare tells nothing apart. The thresholds stand between. Longer runs of larger networks were not recorded: there they
 are a guess.
 """
 
@@ -19,8 +19,9 @@ State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
 
 ENOUGH = 4  # epochs before anything but collapse is said
 FALLEN, GONE = 0.45, 0.1  # of the highest effective rank or spread so far, or before the first step: collapsing, collapsed
-ALIKE = 0.9  # the cosine of corresponding bins, and the share of it that the same place in another case has: one answer to all
-GUESSES = 4.0  # times chance that retrieval has to exceed where all answers are alike
+# The consistency loss has vanished: less than this share of the first epoch's (recorded: below 0.003; healthy: above 0.4), while
+# retrieval is less than so many times chance (recorded: 1; healthy: 2 to 10, except Gram).
+VANISHED, GUESSES = 0.05, 2.0
 LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
 STILL = 10  # epochs, or a fifth of the run where that is more, without a move: a plateau
 NOISES = 3.0  # a move is a change of more than so many standard deviations of the noise between epochs
@@ -66,19 +67,27 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
             return Verdict("COLLAPSED", f"{words} ({gone}). {_advice(now)}")
         if share < FALLEN:
             worst = worst or Verdict("COLLAPSING", f"{words}: less than {FALLEN:g} of it. {_advice(now)}")
-    return worst or _one_answer(now)
+    return worst or _says_nothing(epochs)
 
 
-def _one_answer(now: Mapping[str, Any]) -> Verdict | None:
-    """Where what the losses compare is the same for all bins of all cases: they agree, and tell nothing."""
-    known = [now.get(k) for k in ("alignment", "alignment_null", "retrieval", "retrieval_chance")]
-    if any(v is None for v in known):
+def _says_nothing(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
+    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two epochs in
+    a row. Gram, which compares no bins one by one, keeps a loss."""
+    if len(epochs) < 2 or not all(_at_chance(e, epochs[0]) for e in epochs[-2:]):
         return None
-    alignment, elsewhere, retrieval, chance = (float(v) for v in known if v is not None)
-    if alignment < ALIKE or elsewhere < ALIKE * alignment or retrieval > GUESSES * chance:
-        return None
-    words = f"alignment is {alignment:.3g}, but {elsewhere:.3g} with another case, and retrieval {retrieval:.2g} (chance {chance:.2g})"
-    return Verdict("COLLAPSING", f"{words}: all bins get one answer. {_advice(now)}")
+    now = epochs[-1]
+    words = (
+        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but retrieval "
+        f"{now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
+    )
+    return Verdict("COLLAPSING", f"{words}: what the losses compare tells nothing apart. {_advice(now)}")
+
+
+def _at_chance(epoch: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    if not {"consistency_loss", "retrieval", "retrieval_chance"} <= epoch.keys():
+        return False
+    agrees = float(epoch["consistency_loss"]) < VANISHED * float(first.get("consistency_loss", 0.0))
+    return agrees and float(epoch["retrieval"]) < GUESSES * float(epoch["retrieval_chance"])
 
 
 def _advice(now: Mapping[str, Any]) -> str:
