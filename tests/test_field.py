@@ -17,6 +17,7 @@ import tifffile
 from helpers.dicom import write_series
 from helpers.images import labelled_dataset, nnunet_folders, voxels, write, write_several
 from helpers.projects import plans as tiny_plans
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.datasets import fingerprint
@@ -30,6 +31,7 @@ from nnunetv2_cva.datasets.reading import read_images
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
 from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.datasets.user_changes import Recipe, save_plans, save_targets
+from nnunetv2_cva.training.messages import closing
 from nnunetv2_cva.transfer.table import data_warnings
 
 
@@ -388,6 +390,15 @@ def test_the_same_lines_are_printed_later(planned, monkeypatch):
     (gone,) = fine_tuning_steps(*where)
     (preprocessed / "moved.json").rename(preprocessed / "Dataset004_First" / "nnUNetPlans.json")
     assert "nnUNetPlans.json not found" in gone.title and gone.commands == ()
+
+
+def test_the_end_of_a_training_says_what_plan_said(planned):
+    _, preprocessed, out = planned
+    plans = json.loads((preprocessed / "Dataset500_Mix" / "nnUNetPlansCVA.json").read_text())
+    said = closing(plans, "3d_fullres_cva", None, nnUNetTrainer, "/my results/x.pth").splitlines()
+    after = [line.strip() for line in out[out.index("After that") :].splitlines()]
+    expected = [re.sub(r'"\$nnUNet_results.*?"', "'/my results/x.pth'", line) for line in after]
+    assert said[1:] == expected
 
 
 def test_names_with_spaces_are_quoted(planned):
