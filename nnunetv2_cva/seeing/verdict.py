@@ -71,14 +71,14 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
 
 
 def _says_nothing(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
-    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two epochs in
-    a row. Gram, which compares no bins one by one, keeps a loss."""
+    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two
+    epochs in a row. Gram, which compares no bins one by one, keeps a loss."""
     if len(epochs) < 2 or not all(_at_chance(e, epochs[0]) for e in epochs[-2:]):
         return None
     now = epochs[-1]
     words = (
-        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but retrieval "
-        f"{now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
+        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but "
+        f"retrieval {now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
     )
     return Verdict("COLLAPSING", f"{words}: what the losses compare tells nothing apart. {_advice(now)}")
 
