@@ -53,7 +53,7 @@ def test_voxels_by_the_command(tmp_path, monkeypatch, capsys):
     assert [r[0] for r in rows] == ["features", "position", "intensity", "untrained", "a", "b"]
     assert rows[0][1:] == ["linear, Dice", "k-NN, Dice"] and "±" in rows[3][1]
     assert (tmp_path / "out" / "probe.png").is_file() and "untrained" in capsys.readouterr().out
-    assert call("probe", files[0], "-o", tmp_path) == 2 and "Give either -d" in capsys.readouterr().err
+    assert call("probe", files[0], "-o", tmp_path) == 2 and "Give either -d, whose" in capsys.readouterr().err
     assert call("probe", files[0], files[0], "-d", 9, "-o", tmp_path) == 2 and "is given twice" in capsys.readouterr().err
 
 

@@ -71,14 +71,14 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
 
 
 def _says_nothing(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
-    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two epochs in
-    a row. Gram, which compares no bins one by one, keeps a loss."""
+    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two
+    epochs in a row. Gram, which compares no bins one by one, keeps a loss."""
     if len(epochs) < 2 or not all(_at_chance(e, epochs[0]) for e in epochs[-2:]):
         return None
     now = epochs[-1]
     words = (
-        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but retrieval "
-        f"{now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
+        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but "
+        f"retrieval {now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
     )
     return Verdict("COLLAPSING", f"{words}: what the losses compare tells nothing apart. {_advice(now)}")
 
@@ -128,7 +128,7 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
 
     The noise is the standard deviation of the differences from each epoch to the next, by their median and over the root of
     two, which a trend hardly changes. A move is a new best of two epochs in a row, better by three of these than where the
-    last move led, at first than the median of the first epochs: one lucky epoch is none.
+    last move led, at first than the first epochs: one lucky epoch is none.
     """
     values = np.array([sign * float(e[name]) for e in epochs if name in e])
     if len(values) < ENOUGH:
@@ -137,7 +137,7 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
     noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
     lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
-    anchor, at = float(np.median(values[:3])), None
+    anchor, at = float(max(values[0], np.median(values[:3]))), None
     for n, value in enumerate(lasting, 1):
         if value > anchor + NOISES * noise:
             anchor, at = float(value), n
