@@ -78,9 +78,16 @@ EXPERIMENTS = {
     "encoder": Experiment(
         "With a decoder that starts anew SGD is no longer behind, AdamW a little lower than whole.",
         (SCRATCH, "sgd", "adamw"),
-        seeds=(0,),
+        seeds=(0, 1),
         labels=(4,),
         protocol=replace(QUICK, part="encoder"),
+    ),
+    "encoder, 250 iterations of SGD": Experiment(
+        "After what AdamW fine-tuning showed: SGD's encoder is ahead of its whole network here, too.",
+        (SCRATCH, "sgd", "independent"),
+        seeds=(0, 1),
+        labels=(4,),
+        protocol=Protocol(part="encoder"),
     ),
     "quick, one label": Experiment("As with four labels, lower.", MAIN, labels=(1,), protocol=QUICK),
     "misaligned": Experiment(
@@ -140,6 +147,20 @@ EXPERIMENTS = {
         labels=(4,),
     ),
 }
+
+COMPARED = (  # experiment and recipe, experiment and recipe; the pretraining seeds that both have
+    ("first", "adamw", "first", "sgd"),
+    ("quick", "adamw", "quick", "sgd"),
+    ("first", "independent", "first", "adamw"),
+    ("quick", "independent", "quick", "adamw"),
+    ("first", "independent", "first", "mae"),
+    ("quick", "independent", "quick", "mae"),
+    ("encoder", "sgd", "quick", "sgd"),
+    ("encoder", "sgd", "quick", "independent"),
+    ("encoder", "adamw", "quick", "adamw"),
+    ("encoder, 250 iterations of SGD", "sgd", "first", "sgd"),
+    ("encoder, 250 iterations of SGD", "sgd", "first", "independent"),
+)
 
 
 def items(experiment: Experiment, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:

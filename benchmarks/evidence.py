@@ -24,7 +24,7 @@ from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, items
 from hippocampus import NAME, prepare
 from light import Protocol, Recipe
 from nulls import nulls
-from tables import null_table, table
+from tables import comparisons, null_table, rows_of, table
 
 TEST = {"hippocampus": 20, "made up": 10}  # cases in no training
 SCORED = {"hippocampus": 12, "made up": 6}  # of these, after a fine-tuning
@@ -123,8 +123,9 @@ def main() -> None:
         run(args.run, args.seeds, args.recipes, args.raw, args.folder)
     if args.table is not None:
         results = read(args.folder / "evidence.jsonl")
-        print("\n\n".join(table(name, results) for name in args.table or EXPERIMENTS))
-        print("\n" + "\n\n".join(null_table(results, data) for data in TEST))
+        print("\n\n".join(table(name, results) for name in args.table or EXPERIMENTS if rows_of(name, results)))
+        print("\n" + comparisons(results) + "\n")
+        print(null_table(results, "hippocampus"))
     if args.list:
         print("\n".join(f"{name}: {', '.join(e.recipes)}. {e.expected}" for name, e in EXPERIMENTS.items()))
 

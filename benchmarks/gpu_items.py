@@ -158,9 +158,9 @@ def training(device: str, report: Report) -> None:
 
     from nnunetv2_cva.demo.pipeline import Size
 
-    size = Size(pretraining=(24, 200), fine_tuning=(16, 100))
+    size = Size(pretraining=(24, 200), labels=4, splits=2, fine_tuning=500)
     if device == "cpu":
-        size = Size(images=20, labelled=2, test=2, pretraining=(2, 3), fine_tuning=(1, 4))
+        size = Size(images=10, test=4, pretraining=(2, 3), labels=1, splits=2, fine_tuning=10, scored=2, pairs=2)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), device, size, report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from time import monotonic
 from typing import Any
 
 from nnunetv2_cva.demo.flow import play
-from nnunetv2_cva.demo.pipeline import Size, history
-from nnunetv2_cva.demo.workspace import RECORD, Workspace
+from nnunetv2_cva.demo.pipeline import Size
+from nnunetv2_cva.demo.workspace import CONFIGURATION, RECORD, Workspace
 from nnunetv2_cva.files import read_object
 
 NAME = "Dataset900_Made"
@@ -59,23 +60,26 @@ class Reporting:
         self.seconds[name] = monotonic() - began
         self._report(**{f"{name}, s": self.seconds[name]})
         if name == "pretraining":
-            self._report(epochs=history(self._workspace))
+            self._report(epochs=epochs(self._workspace))
+
+
+def epochs(workspace: Workspace) -> list[dict[str, Any]]:
+    """The metrics of the pretraining's epochs."""
+    return [json.loads(line) for line in (workspace.pretraining / "metrics.jsonl").read_text().splitlines()]
 
 
 def compare(folder: Path, device: str, size: Size, report: Callable[..., None]) -> None:
     """The demo at another size, on another device: pretraining, and stock fine-tuning from its weights and from scratch at one
-    budget. Reported: its epochs, images per second, Dice, metrics of the features before and after.
+    budget. Reported: its epochs, images per second while something else trains beside it, what was compared and carried.
 
     Raises:
         RuntimeError: a step failed.
     """
-    code = play(folder, 0, device, True, lambda terminal, steps: Reporting(folder, report), size)
-    if code:
-        raise RuntimeError(Workspace(folder.resolve()).log.read_text(errors="replace")[-3000:])
+    workspace = Workspace(folder.resolve())
+    if play(folder, 0, device, True, lambda terminal, steps: Reporting(folder, report), size):
+        raise RuntimeError(workspace.log.read_text(errors="replace")[-3000:])
+    cases = size.pretraining[1] * workspace.plans()["configurations"][CONFIGURATION]["batch_size"]
+    report(**{"cases per second, end to end, last epoch": cases / epochs(workspace)[-1]["seconds"]})
     found = read_object(folder / RECORD)
-    epochs = history(Workspace(folder.resolve()))
-    report(**{"images per second, end to end, last epoch": 2 * size.pretraining[1] / epochs[-1]["seconds"]})
-    for run, dice in found["dice"].items():
-        report(**{f"Dice, {run}": sum(map(sum, dice.values())) / sum(map(len, dice.values()))})
-    for when in ("untrained", "pretrained"):
-        report(**{f"{name}, {when}": value for name, value in found[when].items()})
+    report(**{f"labels carried, Dice, {row}": mean for row, (mean, _) in found["carried"].items()})
+    report(comparison=[*found["table"].splitlines(), *found["sentences"]])

@@ -25,10 +25,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from preset_memory import GB, Fake, Peak
 from subjects import PAPER, SUBJECTS, Subject, supervised
 from timing import in_turn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from nnunetv2_cva.training.memory import GB, Fake, Peak
 
 # ---- FLOPs
 

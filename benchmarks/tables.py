@@ -7,7 +7,7 @@ from typing import Any
 
 import light
 import numpy as np
-from arms import EXPERIMENTS, RECIPES, SCRATCH
+from arms import COMPARED, EXPERIMENTS, RECIPES, SCRATCH
 from nulls import with_nulls
 from scipy import stats
 
@@ -38,15 +38,16 @@ class Difference:
         return f"{self.mean:+.3f} ± {self.half:.3f}, {self.ahead} of {self.splits}"
 
 
-def difference(first: dict[tuple[int, int], float], second: dict[tuple[int, int], float]) -> Difference | None:
-    """first - second, paired by split and pretraining seed (scratch, which has one seed, by split).
+def difference(
+    first: dict[tuple[int, int], float], second: dict[tuple[int, int], float], scratch: bool = False
+) -> Difference | None:
+    """first - second, paired by split and pretraining seed; ``scratch``: the second has no pretraining, paired by split.
 
     The interval counts seeds and splits as two samples, since another user has another of both: variance of the seeds' means
     over their number plus the same of the splits, Welch-Satterthwaite's degrees of freedom. With one seed it is that of the
     splits, and says nothing about other pretrainings.
     """
-    alone = {seed for seed, _ in second} == {0}
-    partner = {key: (0 if alone else key[0], key[1]) for key in first}
+    partner = {key: (0 if scratch else key[0], key[1]) for key in first}
     pairs = {key: first[key] - second[partner[key]] for key in first if partner[key] in second}
     splits, seeds = sorted({s for _, s in pairs}), sorted({s for s, _ in pairs})
     if not pairs:
@@ -61,16 +62,31 @@ def difference(first: dict[tuple[int, int], float], second: dict[tuple[int, int]
     return Difference(float(np.mean([*pairs.values()])), half, int(sum(m > 0 for m in by_split)), len(splits), len(seeds))
 
 
+def rows_of(name: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fine-tunings of an experiment, whichever asked for them; scratch takes no part of anything."""
+    e = EXPERIMENTS[name]
+    wanted = {"data": e.data, **asdict(e.protocol)}
+    rows = [r for r in results if r["kind"] == "fine-tune" and r["seed"] in e.seeds and r["split"] in e.splits]
+    return [r for r in rows if all(r[k] == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())]
+
+
+def comparisons(results: list[dict[str, Any]]) -> str:
+    """Arms against each other, with four labels."""
+    lines = ["### arms against each other", "", "| first | second | seeds | Dice | foreground | area |", "|---" * 6 + "|"]
+    for one, first, two, second in COMPARED:
+        gaps = [
+            difference(matrix(rows_of(one, results), first, (4,), what), matrix(rows_of(two, results), second, (4,), what))
+            for what in ("dice", "foreground", "area")
+        ]
+        if gaps[0] is not None:
+            lines.append(f"| {one}: {first} | {two}: {second} | {gaps[0].seeds} | " + " | ".join(map(str, gaps)) + " |")
+    return "\n".join(lines)
+
+
 def table(name: str, results: list[dict[str, Any]]) -> str:
     """One experiment: every recipe against scratch, and against the first other one."""
     e = EXPERIMENTS[name]
-    wanted = {"data": e.data, **asdict(e.protocol)}
-    rows = [
-        r
-        for r in results
-        if r["kind"] == "fine-tune" and all(r[k] == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())
-    ]
-    rows = [r for r in rows if r["seed"] in e.seeds and r["split"] in e.splits]
+    rows = rows_of(name, results)
     against = e.against or SCRATCH
     lines = [
         f"### {name}", "", f"Expected: {e.expected}", "",
@@ -85,9 +101,11 @@ def table(name: str, results: list[dict[str, Any]]) -> str:
                 continue
             means = [f"{np.mean([*own[what].values()]):.3f}" for what in ("dice", "foreground")]
             other = {what: matrix(rows, against, labels, what) for what in own}
-            gaps = [str(difference(own[w], other[w])) if recipe != against else "" for w in own]
+            gaps = [str(difference(own[w], other[w], against == SCRATCH)) if recipe != against else "" for w in own]
             seeds = sorted({s for s, _ in own["dice"]})
-            each = [difference({k: v for k, v in own["dice"].items() if k[0] == s}, other["dice"]) for s in seeds]
+            each = [
+                difference({k: v for k, v in own["dice"].items() if k[0] == s}, other["dice"], against == SCRATCH) for s in seeds
+            ]
             per_seed = " ".join(f"{d.mean:+.3f}" for d in each if d) if recipe != against else ""
             cells = [recipe, ", ".join(map(str, labels)), "" if recipe == SCRATCH else str(len(seeds)), *means, *gaps, per_seed]
             lines.append("| " + " | ".join(cells) + " |")
@@ -100,9 +118,10 @@ def null_table(results: list[dict[str, Any]], data: str) -> str:
     lines = [f"### nulls, {data}", "", "| pretraining | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for recipe in RECIPES:
         rows = [r for r in results if (r["kind"], r["data"], r["recipe"]) == ("nulls", data, recipe)]
+        rows.sort(key=len, reverse=True)
         if rows:
-            keys = [k for k in rows[-1] if all(k in r for r in rows) and isinstance(rows[-1][k], float)]
-            means = {k: float(np.mean([r[k] for r in rows])) for k in keys}
+            keys = [k for k in rows[0] if isinstance(rows[0][k], float)]
+            means = {k: float(np.mean([r[k] for r in rows if k in r])) for k in keys}
             cells = [with_nulls(means, name) if name in means else "" for name in shown]
             lines.append(f"| {recipe} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ LAYERS = (
     {"transfer", "datasets"},
     {"seeing"},
     {"training"},
-    {"comparing", "peek"},
+    {"comparing", "peek", "plan"},
     {"demo"},
     {"commands"},
 )

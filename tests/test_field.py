@@ -17,9 +17,11 @@ import tifffile
 from helpers.dicom import write_series
 from helpers.images import labelled_dataset, nnunet_folders, voxels, write, write_several
 from helpers.projects import plans as tiny_plans
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.datasets import fingerprint
+from nnunetv2_cva.datasets.anonymous import neutral
 from nnunetv2_cva.datasets.dicom import check_slices, files_of
 from nnunetv2_cva.datasets.findings import body_mask, dwarfed, inspect_case
 from nnunetv2_cva.datasets.formats import Unusable
@@ -29,6 +31,7 @@ from nnunetv2_cva.datasets.reading import read_images
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates
 from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.datasets.user_changes import Recipe, save_plans, save_targets
+from nnunetv2_cva.training.messages import closing
 from nnunetv2_cva.transfer.table import data_warnings
 
 
@@ -389,6 +392,15 @@ def test_the_same_lines_are_printed_later(planned, monkeypatch):
     assert "nnUNetPlans.json not found" in gone.title and gone.commands == ()
 
 
+def test_the_end_of_a_training_says_what_plan_said(planned):
+    _, preprocessed, out = planned
+    plans = json.loads((preprocessed / "Dataset500_Mix" / "nnUNetPlansCVA.json").read_text())
+    said = closing(plans, "3d_fullres_cva", None, nnUNetTrainer, "/my results/x.pth").splitlines()
+    after = [line.strip() for line in out[out.index("After that") :].splitlines()]
+    expected = [re.sub(r'"\$nnUNet_results.*?"', "'/my results/x.pth'", line) for line in after]
+    assert said[1:] == expected
+
+
 def test_names_with_spaces_are_quoted(planned):
     _, preprocessed, _ = planned
     plans = {**tiny_plans(), "plans_name": "my plans", "dataset_name": "Dataset500_Mix"}
@@ -429,3 +441,42 @@ def test_layers_that_make_another_function_of_the_same_weights_are_named(key, la
     settings["architecture"]["arch_kwargs"][key] = layer
     said = [line for line in data_warnings(card, settings, {}) if "differ" in line]
     assert len(said) == (expected is not None) and (expected is None or re.search(expected, said[0]))
+
+
+# ---- neutral names
+
+
+def test_neutral_names_stay_when_images_are_added_and_the_key_tells_them(tmp_path, monkeypatch):
+    _, preprocessed = nnunet_folders(tmp_path, monkeypatch)
+    folder = preprocessed / "Dataset500_Quiet"
+    for name in ("sub-Doe/T1", "sub-Doe/T2", "sub-Roe/T1"):
+        (tmp_path / "x" / f"{name}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / f"{name}.nii.gz").touch()
+    first = neutral(found(tmp_path / "x").cases, folder)
+    assert [(c.key, c.subject) for c in first] == [
+        ("case_0001", "subject_0001"),
+        ("case_0002", "subject_0001"),
+        ("case_0003", "subject_0002"),
+    ]
+    (tmp_path / "x" / "sub-Doe" / "A.nii.gz").touch()  # before the others
+    second = {c.files: c for c in neutral(found(tmp_path / "x").cases, folder)}
+    assert all(second[c.files] == c for c in first)
+    (added,) = set(second) - {c.files for c in first}
+    assert (second[added].key, second[added].subject) == ("case_0004", "subject_0001")
+    key = {row["case"]: row for _, row in read_table(folder / "cva_key.csv")}
+    assert key["case_0003"]["path"].endswith("sub-Roe/T1.nii.gz") and key["case_0003"]["known_as"] == "x__sub-Roe"
+
+
+def test_neutral_names_are_those_of_everything_that_is_passed_on(tmp_path, monkeypatch, capsys):
+    _, preprocessed = nnunet_folders(tmp_path, monkeypatch)
+    write_several(tmp_path / "x" / "Doe", 3)
+    ask = ["plan", "-d", "Dataset500_Quiet", "--preset", "tiny", "--view", "16", "16", "16", "-np", "1"]
+    assert main.main([*ask, "--images", str(tmp_path / "x"), "--anonymous"]) == 0
+    assert "Pass none of these on" in capsys.readouterr().out
+    assert main.main(ask) == 0  # it is remembered
+    folder = preprocessed / "Dataset500_Quiet"
+    secret = {"cva_key.csv", "cases.csv", "rejected.csv", "cva_inspection.jsonl", "cva_sources.json"}
+    for path in folder.iterdir():
+        assert path.name in secret or "Doe" not in path.read_text()
+    with open(folder / "cases.csv", newline="") as f:
+        assert [row["case"] for row in csv.DictReader(f)] == ["case_0001", "case_0002", "case_0003"]

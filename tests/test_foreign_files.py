@@ -112,6 +112,55 @@ def test_networks_that_people_have_weights_of_are_named(tmp_path, keys, what):
         read(tmp_path / "a.pth")
 
 
+PUBLISHED = {  # OpenMind's and nnssl's trainers: family, what stands before the names, what is left out, what stands beside
+    "ResEncL-MAE": ("residual", "", (), ()),
+    "ResEncL-VF": ("residual", "", ("decoder.seg_layers",), ()),
+    "ResEncL-MG": ("residual", "", (), ()),
+    "ResEncL-S3D": ("residual", "", (), ()),
+    "ResEncL-VoCo": ("residual", "", ("decoder.",), ("projector.0.weight",)),
+    "ResEncL-SimCLR": ("residual", "", ("decoder.",), ("projector.0.weight",)),
+    "ResEncL-SwinUNETR": ("residual", "", ("decoder.",), ("rotation_head.weight", "contrastive_head.weight")),
+    "PrimusM-MAE": ("primus", "", ("up_projection.", "mask_token"), ("decoder.blocks.0.norm1.weight",)),
+    "PrimusM-SimMIM": ("primus", "", ("up_projection.",), ("decoder.weight",)),
+    "PrimusM-VF": ("primus", "", ("mask_token",), ()),
+    "PrimusM-MG": ("primus", "", ("mask_token",), ()),
+    "PrimusM-VoCo": ("primus", "encoder.", ("up_projection.", "mask_token"), ("projector.0.weight",)),
+    "PrimusM-SimCLR": ("primus", "encoder.", ("up_projection.", "mask_token"), ("projector.0.weight",)),
+    "PrimusM-SwinUNETR": ("primus", "encoder.", ("up_projection.", "mask_token"), ("rotation_head.weight",)),
+}
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_layout_is_carried_tensor_by_tensor(tmp_path, name, wrapped):
+    family, prefix, dropped, beside = PUBLISHED[name]
+    made = target(family)
+    network = randomised(made.build())
+    stated = PRIMUS_KEYS if prefix else {}
+    architecture = "ResidualEncoderUNet" if family == "residual" else "PrimusM"
+    file = open_mind(tmp_path / "o.pth", made, network, architecture, trainer=name, **stated)
+    content = torch.load(file, weights_only=True)
+    weights = converted(network) if name.endswith("S3D") else network.state_dict()
+    kept = {f"{wrapped}{prefix}{k}": v for k, v in weights.items() if not k.startswith(dropped or "-")}
+    content["network_weights"] = {**kept, **{f"{wrapped}{k}": torch.randn(2, 3) for k in beside}}
+    torch.save(content, file)
+    transfer = carried(file, network, made)
+    assert transfer.share("carried") == 1 and any(line.startswith("Encoder: 100.0%") for line in table(transfer))
+
+
+def test_a_segmentation_of_others_is_one(tmp_path):
+    """As TotalSegmentator's: a plain U-Net of stock plans, a trainer that is not installed, CT."""
+    made = target("plain", channels=1, classes=25)
+    made.plans["configurations"]["3d_fullres"].update(normalization_schemes=["CTNormalization"], spacing=[1.5, 1.5, 1.5])
+    network = randomised(made.build())
+    file = stock_checkpoint(tmp_path / "t.pth", made, network, trainer_name="nnUNetTrainer_4000epochs_NoMirroring")
+    there = target("plain", classes=2)
+    filled = there.build()
+    transfer = match(read(file), filled, there.view)
+    assert transfer.source.kind == "nnU-Net checkpoint" and transfer.decoder_reason == "it was trained to segment"
+    assert {r.action for r in transfer.rows if r.role in ("encoder", "decoder")} == {"carried"}
+
+
 # ---- two names, two tensors
 
 

@@ -13,7 +13,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from helpers.images import labelled_dataset, nnunet_folders, voxels, write, write_several
-from helpers.projects import architecture
 from helpers.projects import plans as tiny_plans
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
@@ -25,12 +24,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.config import CVAConfig, resolve
-from nnunetv2_cva.datasets import fingerprint, nnunet_plans, view_size
+from nnunetv2_cva.config import DEFAULT, PRIMUS, CVAConfig, resolve
+from nnunetv2_cva.datasets import fingerprint, memory_plan, nnunet_plans, user_changes, view_size
 from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
 from nnunetv2_cva.datasets.next_steps import device
 from nnunetv2_cva.installation.recipes import recipes
+from nnunetv2_cva.plan import counted
 from nnunetv2_cva.views.index import read_index
 
 ROOT = Path(__file__).parents[1]
@@ -621,20 +621,70 @@ def test_cases_smaller_than_any_view_end_with_the_smallest():
     assert view == (16, 16, 16) and found.fits == 0
 
 
-@pytest.mark.parametrize(("kind", "reference"), [("residual", 680e6), ("plain", 560e6)])
-def test_memory_follows_nnunets_rule(kind, reference):
-    """Reference: nnU-Net's planners call so many feature map voxels 8 GB at two patches; here there are two views per case."""
-    described = architecture(kind, (8, 16, 40, 40), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 2, 2)))
-    plans = {"configurations": {"3d_fullres": {"architecture": described}}}
-    view, mae = (64, 96, 32), CVAConfig(consistency_weight=0, contrastive_weight=0)
-    features = network(plans).compute_conv_feature_map_size(view)
-    one, four = (view_size.estimate_memory(described, view, n, 1, CVAConfig()) for n in (1, 4))
-    assert np.isclose(one.activations, 8 * features / reference, rtol=0.02) and np.isclose(four.activations, 4 * one.activations)
-    alone = view_size.estimate_memory(described, view, 1, 1, mae)
-    assert np.isclose(alone.activations, one.activations / 2)
-    parameters = sum(p.numel() for p in network(plans).parameters())
-    assert np.isclose(alone.parameters, 12 * parameters / 2**30)
-    assert "estimate, not measured" in str(one)
+def linear(view, cases, mode):
+    """GB by a rule of thumb: what a count might say."""
+    return 2 + {False: 4, "selective": 2, True: 1}[mode] * cases * np.prod(view) / 1e6
+
+
+def counting(block=None, recipe=None):
+    def measure(plans, name, trainer):
+        found = plans["configurations"][name]
+        assert trainer == (recipe or user_changes.Recipe()).trainer and found["inherits_from"] == "3d_fullres"
+        return linear(found["patch_size"], found["batch_size"], found["cva"]["gradient_checkpointing"])
+
+    plans = {"configurations": {"3d_fullres": {}, "other": {}}}
+    return memory_plan.Counting(plans, "3d_fullres", recipe or user_changes.Recipe(), block or {}, measure)
+
+
+def test_what_was_not_counted_is_calculated_from_what_was():
+    """Reference: the counted itself, where it is linear."""
+    steps = counting()
+    calculate = steps.calculated(steps.counted((96, 96, 64), 4, False))
+    for wanted in (((96, 96, 64), 4, True), ((64, 96, 64), 2, False), ((32, 64, 64), 8, "selective")):
+        assert np.isclose(calculate(*wanted).gb, steps.counted(*wanted).gb)
+
+
+@pytest.mark.parametrize(
+    ("gb", "view", "cases", "mode"),
+    [
+        (31, (128, 96, 128), 4, False),
+        (18, (128, 96, 128), 4, "selective"),
+        (7.2, (96, 96, 96), 4, True),
+        (7, (128, 96, 128), 2, True),
+        (4.6, (96, 64, 96), 2, True),
+    ],
+)
+def test_a_card_gets_the_largest_view_with_as_little_recomputed_as_fits(gb, view, cases, mode):
+    """First some of it recomputed, then smaller views to half of the voxels, then fewer cases."""
+    steps = counting()
+    start = steps.counted((128, 96, 128), 4, False)
+    views = view_size.smaller(start.view, (32, 32, 32), np.array([138, 114, 121]))
+    found = memory_plan.best(gb, start, steps.calculated(start), views, False, memory_plan.MODES)
+    assert (found.view, found.cases, found.checkpointing) == (view, cases, mode) and found.gb <= gb
+
+
+def test_nothing_fits_onto_no_card():
+    steps = counting()
+    start = steps.counted((64, 64, 64), 2, False)
+    assert memory_plan.best(1, start, steps.calculated(start), [start.view], True, memory_plan.MODES) is None
+
+
+def test_the_recipe_says_what_it_recomputes():
+    assert counting(recipe=user_changes.Recipe("x", "nnUNet_Primus_M_Trainer")).usual == PRIMUS["gradient_checkpointing"]
+    assert counting().usual == DEFAULT.gradient_checkpointing and counting({"gradient_checkpointing": True}).usual is True
+
+
+def test_a_plan_fits_onto_the_card_it_is_made_for(folders, monkeypatch, capsys):
+    """With the count itself."""
+    monkeypatch.setattr("nnunetv2_cva.plan.counted", counted)
+    for gb, cases in ((24, 4), (1.2, 2)):
+        assert call("-d", 500, "--preset", "tiny", "--gpu-memory", gb, "--batch-size", cases, "--view", 16, 16, 16) == 0
+        out = capsys.readouterr().out
+        assert f"of {gb} GB (as asked)" in out and all(f"  on {card} GB: view 16x16x16" in out for card in memory_plan.CARDS)
+    assert call("-d", 500, "--preset", "tiny", "--gpu-memory", 0.5) == 0
+    assert "WARNING: nothing that fits onto 0.5 GB (as asked)" in capsys.readouterr().out
+    assert call("-d", 500, "--preset", "tiny", "--gpu-memory", 0) == 2
+    assert "--gpu-memory 0: expected a positive number" in capsys.readouterr().err
 
 
 # ---- statistics and splits

@@ -80,7 +80,7 @@ def test_student_and_teacher_move_and_the_teacher_by_the_momentum():
     run = make_run()
     student, teacher = weights(run.student), weights(run.teacher)
     losses = TrainingStep(run, run.student, CONFIG)(batch())
-    assert set(losses) == {"reconstruction", "consistency", "contrastive", "total", "skipped"}
+    assert set(losses) == {"reconstruction", "consistency", "contrastive", "total", "skipped"} and losses["skipped"] == 0
     assert not any(loss.requires_grad for loss in losses.values())
     assert any(not torch.equal(a, b) for a, b in zip(student, run.student.parameters()))
     before = teacher[0]
@@ -126,6 +126,23 @@ def test_a_batch_that_is_not_finite_leaves_the_weights_and_the_optimizer_alone(o
         assert step(batch(2))["skipped"] == 0
         found.append(weights(run.student))
     assert all(map(torch.equal, *found)) and all(w.isfinite().all() for w in found[0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_first_step_that_is_skipped_leaves_nothing_behind(optimizer, monkeypatch):
+    """A fused optimizer that makes its momentum in the first step would go on with memory that nobody has written."""
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, torch.nan, **options))
+    config, found = dataclasses.replace(CONFIG, optimizer=optimizer, learning_rate=1e-2), []
+    for skipped in (True, False):
+        parameters = [torch.nn.Parameter(torch.ones(n, 5)) for n in (3, 40)]
+        made = make_optimizer(parameters, config, torch.device("cuda"))
+        for bad in (True, False, False) if skipped else (False, False):
+            for p in parameters:
+                p.grad = torch.full_like(p, torch.inf if bad else 0.5)
+            made.found_inf = torch.tensor(float(bad))
+            made.step()
+        found.append([p.detach() for p in parameters])
+    torch.testing.assert_close(*found)
 
 
 def test_the_scaler_changes_no_weights_but_by_rounding():
@@ -257,10 +274,10 @@ def test_a_primus_that_drops_paths_is_one_graph(version):
 @pytest.mark.parametrize("recompute", [False, "selective"])
 @pytest.mark.parametrize("network", [unet, *(functools.partial(primus, v) for v in (1, 2, 3))], ids=["U-Net", "V1", "V2", "V3"])
 def test_a_step_waits_for_nothing(network, recompute):
-    """Nothing is read back from the device: losses, gradients, clipping, optimizer, teacher."""
+    """Nothing is read back from the device: losses, gradients, clipping, optimizer, teacher. The optimizer is CUDA's."""
     config = CONFIG.updated({"gradient_checkpointing": recompute}, "test")
     pupil = Student(make_backbone(network(), config), config).train()
-    run = Run(pupil, Teacher(pupil), make_optimizer(pupil.parameters(), config, CPU), None)
+    run = Run(pupil, Teacher(pupil), make_optimizer(pupil.parameters(), config, torch.device("cuda")), None)
     step, ready = TrainingStep(run, pupil, config), batch(0, SIZE if network is unet else PRIMUS_SIZE, pupil.backbone.block)
     with Reads() as reads:
         step(ready)

@@ -22,7 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import DEFAULT
 
 ENVIRONMENT = "nnUNet_cva"
 
@@ -433,9 +433,9 @@ def test_nothing_is_read_back_from_the_device_in_a_step(project):
     assert reads.found == []
 
 
-def test_the_recipe_is_the_papers_default():
-    assert nnUNetTrainerCVA.config == CVAConfig()
-    c = CVAConfig()
+def test_the_default_recipe_has_the_papers_objective():
+    c = nnUNetTrainerCVA.config
+    assert c == DEFAULT
     assert (c.reconstruction_weight, c.consistency_weight, c.contrastive_weight) == (5.0, 1.0, 0.1)
 
 

@@ -153,7 +153,7 @@ def test_shared_storage_stays_shared(tmp_path):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint_latest.pth"
-    checkpoint.save({"cva": 1}, path)
+    checkpoint.save({"cva": {"version": "1"}}, path)
 
     def full(obj, file):
         file.write(b"half")
@@ -161,8 +161,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left.*checkpoint_latest.pth is untouched.*--c"):
-        checkpoint.save({"cva": 2}, path)
-    assert checkpoint.load(path) == {"cva": 1}
+        checkpoint.save({"cva": {"version": "2"}}, path)
+    assert checkpoint.load(path) == {"cva": {"version": "1"}}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -271,6 +271,11 @@ def test_a_short_run_of_sgd_is_warned_of_with_numbers():
         return [line for line in lines if line.startswith("WARNING")]
 
     (warning,) = warnings(optimizer="sgd", epochs=20, iterations_per_epoch=50)
-    assert "1000 iterations of SGD at learning_rate 0.01" in warning and "0 of 6 splits" in warning and "62500" in warning
+    assert (
+        "1000 iterations of SGD at learning_rate 0.01" in warning
+        and "0 of 5 splits" in warning
+        and "fresh decoder" in warning
+        and "62500" in warning
+    )
     assert not warnings(optimizer="sgd", epochs=250)
     assert not warnings(optimizer="adamw", epochs=20, iterations_per_epoch=50)

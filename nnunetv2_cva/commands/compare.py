@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if outcome.sentences:
         print("Intervals are over splits of these labelled cases. Another pretraining with the same recipe may differ by more.")
     if outcome.unfinished:
-        print(f"{outcome.unfinished} trainings are not finished: this is what the others say.")
+        are = "training is" if outcome.unfinished == 1 else "trainings are"
+        print(f"{outcome.unfinished} {are} not finished: this is what the others say.")
     print(f"\n{outcome.folder / JSON}\n{outcome.folder / PICTURE}")
     return 0
 

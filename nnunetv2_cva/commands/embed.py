@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from nnunetv2_cva.commands.options import in_options, request
 from nnunetv2_cva.commands.progress import Bar
 
 HELP = "Compute the features of images: a vector for each, one per window, or maps. Can be killed and repeated."
@@ -48,71 +48,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-device", metavar="NAME", help="cpu, cuda, mps (default: cuda where there is one, else cpu)")
 
 
-def device_of(args: argparse.Namespace) -> str:
-    """The device that was asked for, else the best there is."""
-    import torch
-
-    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def run(args: argparse.Namespace) -> int:
     """Compute what is missing."""
-    from nnunetv2_cva.seeing import embedding
-    from nnunetv2_cva.seeing.frozen import load_frozen
-    from nnunetv2_cva.seeing.images import find_images
+    from nnunetv2_cva.seeing.embed_images import embed_images
+    from nnunetv2_cva.seeing.requests import Embed
 
-    if not 0 <= args.part < args.parts:
-        expected = f"a part from 0 to {args.parts - 1}" if args.parts > 0 else "-parts 1 or more"
-        raise ValueError(f"-part {args.part} -parts {args.parts}: expected {expected}.")
-    network = load_frozen(args.weights, args.branch, args.trust, device_of(args))
-    images = find_images(args.images, network.channels)
-    taps = None if args.taps is None else tuple(args.taps)
-    wanted = embedding.Wanted(args.level, Path(args.output), taps, args.format, args.overlap)
-    settle(args)
-    todo = embedding.missing(images[args.part :: args.parts], wanted, network)
     with Bar() as bar:
-        tick = bar.counting("Embedding", len(todo))
-        for found in todo:
-            embedding.embed(found, network, wanted)
-            tick()
-    left = embedding.missing(images, wanted, network)
-    if left:
-        print(f"{len(left)} of {len(images)} images are still missing: those of the other parts.")
-        return 0
-    if args.level == "image":
-        embedding.gather(images, wanted)
-        print(f"Wrote {wanted.folder / embedding.TABLE} and {embedding.VECTORS}: {len(images)} images.")
-    else:
-        print(f"The features of {len(images)} images are in {wanted.folder}.")
+        said = embed_images(request(Embed, args), bar)
+    print(in_options("\n".join(said), args))
     return 0
-
-
-def settle(args: argparse.Namespace) -> None:
-    """Make the folder and note what it holds.
-
-    Raises:
-        ValueError: it holds features that were computed otherwise.
-    """
-    from nnunetv2_cva.files import read_object, write_json
-
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = Path(args.weights).resolve()
-    now = {
-        "weights": str(weights),
-        "written": weights.stat().st_mtime,
-        "branch": args.branch,
-        "level": args.level,
-        "taps": args.taps,
-        "format": args.format if args.level == "dense" else None,
-        "overlap": args.overlap,
-    }
-    path = folder / "settings.json"
-    if path.is_file():
-        before = read_object(path)
-        changed = [k for k in now if before.get(k) != now[k]]
-        if changed:
-            listing = "; ".join(f"{k}: {before.get(k)}, now {now[k]}" for k in changed)
-            raise ValueError(f"{folder} holds features computed otherwise ({listing}). Choose another folder (-o).")
-    else:
-        write_json(path, now)

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [a for a in argv if a != DEBUG]
     _speak_any_name()
     args = make_parser(argv).parse_args(argv)
+    warnings.filterwarnings("ignore", ".*torch.jit.interface.* is deprecated", FutureWarning)  # in timm, when it is imported
     try:
         _check_names(args)
         return int(args.run(args))

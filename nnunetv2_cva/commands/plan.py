@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _list(images, "--modality", "NAME", "one per channel; CT is normalised as CT, other names by z-score (or as nnU-Net says)")
     _list(images, "--adopt", "FOLDER|D", "use data where it lies: nnssl's folders, or datasets that nnU-Net has preprocessed")
+    _argument(images, "--anonymous", "names of cases that say nothing of the patient, and a key file", action="store_true")
     _argument(images, "--headers-only", "with --adopt: do not read the voxels (NaN, duplicates)", action="store_true")
     _list(plans, "--target", "D", "datasets that will be fine-tuned; the first one's plans are used")
     _argument(plans, "--target-plans", "which plans of theirs (default nnUNetPlans)", metavar="NAME", default="nnUNetPlans")
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _argument(parser, "-p", f"name of the plans to write (default {PLANS})", dest="plans", metavar="NAME", default=PLANS)
     _argument(parser, "--view", "voxels of a view (default: proposed)", nargs=3, type=int, metavar="N")
     _argument(parser, "--batch-size", "cases per step (default: the paper's 4)", type=int, metavar="N")
+    _argument(parser, "--gpu-memory", "card to plan for (default: the one here, or the planner's)", type=float, metavar="GB")
     _argument(parser, "--hold-out", "leave out the targets' validation images of this fold", type=int, metavar="FOLD")
     add_processes(parser)
 
@@ -69,7 +71,7 @@ def _list(parser: Any, flag: str, metavar: str, help: str) -> None:  # noqa: A00
 
 def run(args: argparse.Namespace) -> int:
     """Look, plan, write, and say what to type next."""
-    from nnunetv2_cva.datasets.planning import Request, plan
+    from nnunetv2_cva.plan import Request, plan
 
     with Bar() as bar:
         planned = plan(request(Request, args), bar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -29,18 +28,6 @@ class Bar:
             self._bar = tqdm(total=of, initial=finished, desc=what)
         if finished == of:
             self._close()
-
-    def counting(self, what: str, of: int) -> Callable[[], None]:
-        """Show it, and what moves it on by one."""
-        finished = 0
-
-        def tick() -> None:
-            nonlocal finished
-            finished += 1
-            self(what, finished, of)
-
-        self(what, 0, of)
-        return tick
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 HELP = "Write a page about a pretraining: verdict, curves, views, matches, settings. Also while it runs."
 
@@ -15,10 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, print the verdict."""
-    from nnunetv2_cva.seeing.verdict import verdict
-    from nnunetv2_cva.training.report import read_epochs, write_report
+    from nnunetv2_cva.training.report import report
 
-    folder = Path(args.folder)
-    print(verdict(read_epochs(folder)))
-    print(f"Wrote {write_report(folder)}.")
+    print("\n".join(report(args.folder)))
     return 0

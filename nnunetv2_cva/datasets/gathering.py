@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_cva.datasets.adopt import Adopted, combined, open_nnssl, open_nnunet, usable_cases
+from nnunetv2_cva.datasets.anonymous import KEY
 from nnunetv2_cva.datasets.destination import without_left_out
 from nnunetv2_cva.datasets.findings import Finding
 from nnunetv2_cva.datasets.fingerprint import channel_names
-from nnunetv2_cva.datasets.inventory import REJECTED, Inventory, read_sources, save_lists, take_inventory
+from nnunetv2_cva.datasets.inventory import CASES, INSPECTION, REJECTED, Inventory, read_sources, save_lists, take_inventory
 from nnunetv2_cva.datasets.leakage import REASON, Compare, by_name, comparing_voxels, left_out
 from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.sources import Sources
@@ -135,6 +136,11 @@ class Gathering:
         numbers = (len(found), "cases"), (subjects, "subjects"), (datasets, "datasets"), (inventory.channels, "channels")
         counted = ", ".join(f"{n} {what if n != 1 else what[:-1]}" for n, what in numbers)
         name = os.path.basename(example.files[0])
+        if sources.anonymous:
+            self.say(
+                f"Names of cases and subjects say nothing of them; {self.folder / KEY} holds what they stand for, and "
+                f"{CASES}, {REJECTED} and {INSPECTION} the paths. Pass none of these on."
+            )
         self.say(f"Found {counted}. For example {name} is case {example.key} of subject {example.subject}.")
         if inventory.unread:
             self.say(f"Not read: {', '.join(f'{n} {kind}' for kind, n in sorted(inventory.unread.items()))}.")

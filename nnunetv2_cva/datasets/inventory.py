@@ -4,6 +4,7 @@
 ``cva_inspection.jsonl``  one line per case looked at, appended as it happens; a killed run goes on from there
 ``cases.csv``          the cases that are used
 ``rejected.csv``       the others, each with its reason
+``cva_key.csv``        what neutral names stand for, where they were asked for
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nnunetv2_cva.datasets.anonymous import neutral
 from nnunetv2_cva.datasets.findings import Finding, inspect_case, killed, stamp_of
 from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.sources import Candidate, Sources, candidates, channel_numbers
@@ -54,9 +56,10 @@ def take_inventory(folder: Path, sources: Sources, own: str, processes: int, pro
     """
     known = {files: f.key for files, f in read_findings(folder).items() if f.key}
     found = candidates(sources, own, known)
-    looked = remembered(inspect_case, found.cases, folder, processes, progress, "Looking at images")
+    cases = neutral(found.cases, folder) if sources.anonymous else list(found.cases)
+    looked = remembered(inspect_case, cases, folder, processes, progress, "Looking at images")
     used = {row["case"] for _, row in read_table(folder / CASES, ("case",))}
-    inventory = sorted_out([looked[c.files].of(c) for c in found.cases], sources.channels == "stack", used)
+    inventory = sorted_out([looked[c.files].of(c) for c in cases], sources.channels == "stack", used)
     return replace(inventory, unread=found.unread, remarks=found.remarks)
 
 

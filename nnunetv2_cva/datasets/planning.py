@@ -15,12 +15,13 @@ from nnunetv2_cva.datasets.findings import Finding, dwarfed
 from nnunetv2_cva.datasets.gathering import Gathering, Images, sources_for
 from nnunetv2_cva.datasets.inventory import CASES, REJECTED, Inventory, read_accepted, reject
 from nnunetv2_cva.datasets.leakage import by_name, comparing_voxels, left_out
+from nnunetv2_cva.datasets.memory_plan import StepMemory
 from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, fine_tuning_steps, pretraining_steps
 from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.reading import MIN_AXIS
 from nnunetv2_cva.datasets.targets import FineTuned, check_fixed_plans, fixed_plans, load_target, write_fixed_plans
 from nnunetv2_cva.datasets.user_changes import Recipe, replaced, save_plans, save_splits, save_targets
-from nnunetv2_cva.datasets.view_size import add_configuration
+from nnunetv2_cva.datasets.view_size import Asked, add_configuration
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.nnunet import PREPROCESSED, PRETRAINING, RAW, dataset_id, datasets, find_dataset, is_dataset_name
 from nnunetv2_cva.nnunet import folder as nnunet_folder
@@ -36,8 +37,9 @@ class Request:
 
     Images: ``images`` (folders, or datasets in nnUNet_raw) and ``table``, or ``adopt``; without any those of before, or the
     dataset's own. Plans: of nnU-Net's ``planner``, of a ``preset``, or of the first of ``target``, the datasets that will be
-    fine-tuned; with ``keep_plans`` those that are there. ``view``, ``batch_size``: None to be proposed. ``hold_out``: fold of
-    the targets whose validation images are left out.
+    fine-tuned; with ``keep_plans`` those that are there. ``view``, ``batch_size``: None to be chosen, so that a step fits onto
+    a card of ``gpu_memory`` GB (None: the one that is here, or that nnU-Net's planner plans for). ``hold_out``: fold of the
+    targets whose validation images are left out.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Request:
     channels: Literal["split", "stack"] | None = None
     modality: tuple[str, ...] = ()
     adopt: tuple[str, ...] = ()
+    anonymous: bool = False
     headers_only: bool = False
     target: tuple[str, ...] = ()
     target_plans: str = "nnUNetPlans"
@@ -57,6 +60,7 @@ class Request:
     plans: str = PLANS
     view: tuple[int, ...] | None = None
     batch_size: int | None = None
+    gpu_memory: float | None = None
     hold_out: int | None = None
     processes: int = 8
 
@@ -74,8 +78,8 @@ class Planned:
         return tuple(line for line in self.said if line.startswith("WARNING"))
 
 
-def plan(request: Request, progress: Progress) -> Planned:
-    """Look at the images, plan, and write what nnU-Net looks for into the dataset's folder.
+def plan(request: Request, progress: Progress, measure: StepMemory) -> Planned:
+    """Look at the images, plan, and write what nnU-Net looks for into the dataset's folder. ``measure``: what a step takes.
 
     Raises:
         ValueError: a request that cannot be met. Its fields are named in backticks, with their values: `view=32x32x30`.
@@ -88,7 +92,7 @@ def plan(request: Request, progress: Progress) -> Planned:
     if request.planner is not None:
         nnunet_plans.planner_class(request.planner)
     targets = tuple(load_target(t, request.target_plans) for t in request.target)
-    return _Planning(request, folder, targets, progress, []).run()
+    return _Planning(request, folder, targets, progress, measure, []).run()
 
 
 def dataset_for(given: str) -> str:
@@ -142,6 +146,8 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
 def _check_combination(request: Request) -> None:
     if request.adopt and (request.images or request.table):
         raise ValueError("`adopt` uses preprocessed data, `images` and `table` unprocessed: make two datasets.")
+    if request.adopt and request.anonymous:
+        raise ValueError("`adopt` uses data where it lies, under its names; `anonymous` would rename it.")
     if request.keep_plans and not request.target:
         raise ValueError("`keep_plans` writes existing plans into targets: name them with `target`.")
     if request.planner and (request.preset or request.target):
@@ -167,6 +173,7 @@ class _Planning:
     folder: Path
     targets: tuple[FineTuned, ...]
     progress: Progress
+    measure: StepMemory
     said: list[str]
 
     @property
@@ -177,7 +184,7 @@ class _Planning:
         if self.request.keep_plans:
             return self._keep()
         r = self.request
-        options = {"exclude": r.exclude, "modality": r.modality, "channels": r.channels}
+        options = {"exclude": r.exclude, "modality": r.modality, "channels": r.channels, "anonymous": r.anonymous}
         sources = sources_for(self.folder, r.images, r.table, r.adopt, options)
         how = (r.hold_out, r.headers_only, r.target_plans, r.configuration, r.processes, self.progress, self.say)
         images = Gathering(self.folder, self.targets, *how).gather(sources)
@@ -185,8 +192,9 @@ class _Planning:
         base, intensities, to_write = self._base(images, preset)
         plans = self._plans_for(base, images, intensities)
         images = self._without_spoilt(images, plans)
-        ours = preset["configurations"].get(r.configuration + PRETRAINING, {}) if preset else {}
-        add_configuration(plans, r.configuration, self._shapes(plans, images), ours, recipe, r.view, r.batch_size, self.say)
+        ours = preset["configurations"].get(r.configuration + PRETRAINING, {}) if preset else None
+        asked = Asked(r.view, r.batch_size, r.gpu_memory)
+        add_configuration(plans, r.configuration, self._shapes(plans, images), ours, recipe, asked, self.measure, self.say)
         fixed = self._checked_for(to_write, plans)
         self._save(plans, images, recipe)
         return self._finished(plans, fixed)

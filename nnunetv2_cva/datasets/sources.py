@@ -32,7 +32,8 @@ class Sources:
     """Where the images of a pretraining dataset come from, as given by the user. Paths are absolute.
 
     ``adopt``: folders and names of datasets that are preprocessed already, instead of images. ``held_out``: identities of the
-    cases that were held out, which stay out until sources are given anew.
+    cases that were held out, which stay out until sources are given anew. ``anonymous``: cases get
+    names that say nothing.
     """
 
     images: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Sources:
     modality: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     adopt: tuple[str, ...] = ()
+    anonymous: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,7 +51,8 @@ class Sources:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Sources:
         tuples = {k: tuple(values.get(k, ())) for k in ("images", "exclude", "modality", "held_out", "adopt")}
-        return Sources(table=values["table"], channels=values["channels"], **tuples)
+        anonymous = bool(values.get("anonymous", False))
+        return Sources(table=values["table"], channels=values["channels"], anonymous=anonymous, **tuples)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_cva.config import DEFAULT, CVAConfig
+from nnunetv2_cva.datasets.memory_plan import CARDS, CONTEXT, MODES, WORKSPACES, Choice, Counting, StepMemory, best, budget
 from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
 from nnunetv2_cva.datasets.user_changes import Recipe
 from nnunetv2_cva.nnunet import PRETRAINING
@@ -22,47 +22,106 @@ ROOM_IN = 0.75  # of the cases shall have room for the drawn overlap
 LOOKED_AT = 256  # cases whose shapes decide about the view
 CELLS = 2  # a view keeps at least so many cells of the deepest feature map along every axis
 TOKEN = (8, 8, 8)  # voxels of a Primus token
-GB_PER_FEATURES = {"PlainConvUNet": 8 / 560e6, "ResidualEncoderUNet": 8 / 680e6}  # nnU-Net's rule, at 2 patches
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asked for; None to be chosen. ``gpu_memory``: GB of the card."""
+
+    view: Sequence[int] | None = None
+    batch_size: int | None = None
+    gpu_memory: float | None = None
 
 
 def add_configuration(
     plans: dict[str, Any],
     configuration: str,
     shapes: Sequence[tuple[int, ...]],
-    preset: dict[str, Any],
+    preset: dict[str, Any] | None,
     recipe: Recipe,
-    view: Sequence[int] | None,
-    batch_size: int | None,
+    asked: Asked,
+    measure: StepMemory,
     say: Callable[[str], object],
 ) -> None:
     """Add the configuration for pretraining and say what it is.
 
-    ``shapes``: of the preprocessed cases; ``preset``: the configuration for pretraining that a preset has, else empty; ``view``
-    and ``batch_size``: as asked for, None to be proposed.
+    ``shapes``: of the preprocessed cases; ``preset``: the configuration for pretraining that a preset has, None without one.
 
     Raises:
         ValueError: a view or batch size that cannot be.
     """
-    base, given = plans["configurations"][configuration], preset.get("cva", {})
-    config = DEFAULT.updated(given, "preset")
+    base, given = plans["configurations"][configuration], preset or {}
+    block = dict(given.get("cva", {}))
+    config = DEFAULT.updated(block, "preset")
     step = TOKEN if recipe.is_primus else strides(base["architecture"])
-    chosen, found = _chosen_view(view, preset.get("patch_size"), shapes, base["patch_size"], step, config)
-    batch = _chosen_batch(batch_size, preset.get("batch_size", PAPERS_BATCH), len(shapes), config)
-    add_pretraining(plans, configuration, chosen, batch, given)
+    chosen, found = _chosen_view(asked.view, given.get("patch_size"), shapes, base["patch_size"], step, config)
+    batch = _chosen_batch(asked.batch_size, given.get("batch_size", PAPERS_BATCH), len(shapes), config)
+    counting = Counting(plans, configuration, recipe, block, measure)
+    planner = None if preset is not None else plans.get("experiment_planner_used")
+    fixed_view = bool(asked.view or (given.get("patch_size") and asked.gpu_memory is None))
+    views = [chosen] if fixed_view else smaller(chosen, step, np.median(shapes, axis=0))
+    fixed_cases = asked.batch_size is not None
+    choice, lines = _onto_card(counting, chosen, batch, views, fixed_cases, budget(asked.gpu_memory, planner))
+    if choice.checkpointing != counting.usual:
+        block["gradient_checkpointing"] = choice.checkpointing
+    if choice.view != chosen:
+        found = room(shapes, choice.view, config)
+    add_pretraining(plans, configuration, choice.view, choice.cases, block)
     say(
         f"{configuration}: spacing {by(base['spacing'])} mm, median case {by(np.median(shapes, axis=0))} voxels, "
         f"patch {by(base['patch_size'])}."
     )
-    settings = f", {given}" if given else ""
-    say(f"{configuration}{PRETRAINING}: view {by(chosen)}, {batch} cases per step{settings}. {found}")
+    settings = f", {block}" if block else ""
+    say(f"{configuration}{PRETRAINING}: view {by(choice.view)}, {choice.cases} cases per step{settings}. {found}")
     if found.fits < ROOM_IN * found.cases:
-        other, better = propose_view(shapes, chosen, step, config)
-        remedy = f"`view={by(other).replace('x', ' ')}` fits into {better.fits}." if other != chosen else ""
+        other, better = propose_view(shapes, choice.view, step, config)
+        remedy = f"`view={by(other).replace('x', ' ')}` fits into {better.fits}." if other != choice.view else ""
         few = f"{found.cases - found.fits} of {found.cases} cases"
         say(f"WARNING: in {few} two views of this size overlap more than configured. {remedy}".rstrip())
-    channels = len(base["normalization_schemes"])
-    memory = None if recipe.is_primus else estimate_memory(base["architecture"], chosen, batch, channels, config)
-    say(str(memory or "GPU memory: no estimate for this network."))
+    if choice.cases == 1:
+        say("WARNING: one case per step is too few: losses that compare cases have nothing to compare.")
+    for line in lines:
+        say(line)
+
+
+def _onto_card(
+    counting: Counting,
+    view: tuple[int, ...],
+    cases: int,
+    views: Sequence[tuple[int, ...]],
+    fixed_cases: bool,
+    card: tuple[float, str] | None,
+) -> tuple[Choice, list[str]]:
+    """What fits onto the card, of these views, and what is said about memory; without a card the first view as it is."""
+    usual = counting.usual
+    start = counting.counted(view, cases, usual)
+    calculate = counting.calculated(start)
+    modes = [m for m in MODES if m is usual or MODES.index(m) > MODES.index(usual)]
+    chosen, lines = start, []
+    if card is not None and start.gb > card[0]:
+        found = best(card[0], start, calculate, views, fixed_cases, modes)
+        if found is None:
+            lines.append(f"WARNING: nothing that fits onto {card[0]:.3g} GB ({card[1]}) was found; this is what a step takes:")
+        else:
+            chosen = counting.counted(found.view, found.cases, found.checkpointing)
+    of = f", of {card[0]:.3g} GB ({card[1]})" if card is not None else ""
+    lines.append(
+        f"GPU memory: about {chosen.gb:.2g} GB{of}. Tensors of a step of this network counted, in bf16, without a GPU; for what "
+        f"a card needs beside them {WORKSPACES - 1:.0%} and {CONTEXT:g} GB are added."
+    )
+    others = {gb: best(gb, start, calculate, views, fixed_cases, modes) for gb in CARDS}
+    lines.extend(f"  on {gb} GB: {choice if choice is not None else 'nothing of these fits'}" for gb, choice in others.items())
+    return chosen, lines
+
+
+def smaller(view: tuple[int, ...], step: Sequence[int], median: np.ndarray) -> list[tuple[int, ...]]:
+    """This view and those that are made of it, by ``step`` where it fills the median case most, down to the smallest."""
+    views, now = [view], np.array(view)
+    while (possible := now - step >= np.multiply(CELLS, step)).any():
+        axis = int(np.argmax(np.where(possible, now / median, -1)))
+        now[axis] -= step[axis]
+        views.append(tuple(int(n) for n in now))
+    return views
 
 
 def _chosen_view(
@@ -120,38 +179,3 @@ def propose_view(
             return tuple(int(n) for n in view), found
         axis = int(np.argmax(np.where(possible, view / median, -1)))
         view[axis] = smaller[axis]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """GB that a step is expected to take on the GPU."""
-
-    activations: float
-    parameters: float
-
-    def __str__(self) -> str:
-        return (
-            f"GPU memory: about {self.activations + self.parameters:.2g} GB. An estimate, not measured: {self.activations:.2g} "
-            "GB by the rule that nnU-Net plans its patches with (voxels of all feature maps), for all views of a step, and "
-            f"{self.parameters:.2g} GB of weights, gradients, momentum and teacher."
-        )
-
-
-def estimate_memory(
-    architecture: dict[str, Any], view: Sequence[int], batch_size: int, channels: int, config: CVAConfig
-) -> Memory | None:
-    """For the U-Nets that nnU-Net has a rule for, else None."""
-    name = architecture["network_class_name"]
-    per_feature = GB_PER_FEATURES.get(name.rpartition(".")[2])
-    if per_feature is None:
-        return None
-    kwargs, imports = architecture["arch_kwargs"], architecture["_kw_requires_import"]
-    # As nnU-Net's planners do; its weights are not initialised, which would take the most time.
-    network = get_network_from_plans(name, kwargs, imports, channels, channels, allow_init=False)
-    views = batch_size * (2 if config.needs_second_view else 1)
-    taps, width = sum(kwargs["features_per_stage"]), config.head_width
-    heads = (taps + 2 * width + 2 * config.predictor_width) * width if config.needs_heads else 0
-    weights = sum(p.numel() for p in network.parameters()) + heads
-    copies = 4 if config.needs_heads else 3  # weights, gradients, momentum, teacher
-    features = float(network.compute_conv_feature_map_size(tuple(view)))
-    return Memory(per_feature * features * views / 2, 4 * copies * weights / 2**30)

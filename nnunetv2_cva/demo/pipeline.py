@@ -27,10 +27,10 @@ class Size:
 
     images: int = 40  # for pretraining, which does not open their labels; labelled cases are drawn from them
     test: int = 10
-    pretraining: tuple[int, int] = (20, 50)  # epochs, iterations per epoch
+    pretraining: tuple[int, int] = (20, 40)  # epochs, iterations per epoch
     labels: int = 2  # cases that are fine-tuned on
     splits: int = 4
-    fine_tuning: int = 250  # iterations
+    fine_tuning: int = 200  # iterations
     scored: int = 6  # test cases on which the fine-tuned networks are scored
     pairs: int = 30  # windows that labels are carried to
 

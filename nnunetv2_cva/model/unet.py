@@ -64,7 +64,7 @@ class UNetBackbone(nn.Module):
 
         Returns the maps, the image vector and the reconstruction (N, C, I, J, K), None without such a loss.
         """
-        maps, image = self.encode(self.averaged(), views)
+        maps, image = self.encode({"encoder": self.network.encoder}, views)  # nothing for torch.compile to look up
         return maps, image, self.network.decoder(maps) if self.reconstructs else None
 
     def _freeze_unread(self) -> None:

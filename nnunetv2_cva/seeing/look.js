@@ -38,7 +38,7 @@ function search(network, target) {
 function stretch(heat) {
   const sorted = Float32Array.from(heat).sort();
   const low = sorted[sorted.length >> 1], high = sorted[sorted.length - 1];
-  return heat.map(h => Math.max(0, Math.min(1, (h - low) / Math.max(high - low, 1e-6))));
+  return heat.map(h => Math.max(0, Math.min(1, (h - low) / Math.max(high - low, 1e-6))) ** 3);
 }
 
 // Where a slice lies on its canvas: all three of one scale in millimetres.

@@ -74,11 +74,11 @@ def one_shot(
     rng, found = np.random.default_rng(seed), []
     for _ in range(pairs):
         a, b = rng.choice(len(labelled), 2, replace=False)
-        windows = [_window(labelled[a], view, labels, DRAWS, rng), _window(labelled[b], view, labels, 1, rng)]
+        windows = [random_window(labelled[a], view, labels, DRAWS, rng), random_window(labelled[b], view, labels, 1, rng)]
         bins = cells(view, most_cells)
         carried, truth = (labels_on(w.labels, bins) for w in windows)  # type: ignore[arg-type]
         for row in (POSITION, INTENSITY, *networks):
-            described = [_describe(w, row, networks.get(row), bins) for w in windows]
+            described = [describe_window(w, row, networks.get(row), bins) for w in windows]
             result = carry(described[0], carried, described[1])
             found.append(Carried(windows[0].name, windows[1].name, row, dice(result.numpy(), truth.numpy(), labels)))
         tick()
@@ -104,7 +104,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), half
 
 
-def _window(case: Image, view: Sequence[int], labels: Sequence[int], draws: int, rng: np.random.Generator) -> Image:
+def random_window(case: Image, view: Sequence[int], labels: Sequence[int], draws: int, rng: np.random.Generator) -> Image:
     """A random window of a case that shows enough labelled voxels; of several draws the one that shows most of its least visible
     label. Cases smaller than the view are padded with zeros, at a random place."""
     assert case.labels is not None
@@ -136,7 +136,8 @@ def _cut(volume: np.ndarray, start: Sequence[int], view: Sequence[int]) -> np.nd
 
 
 @torch.inference_mode()
-def _describe(window: Image, row: str, network: Frozen | None, bins: tuple[int, int, int]) -> Described:
+def describe_window(window: Image, row: str, network: Frozen | None, bins: tuple[int, int, int]) -> Described:
+    """A window of the network's view, by the network or, without one, by position in the window or intensity, as ``row`` says."""
     if network is None:
         described = (by_position if row == POSITION else by_intensity)(window, bins)
         return described if row == INTENSITY else _in_window(described)

@@ -58,9 +58,9 @@ def heated(grey: np.ndarray, heat: np.ndarray, strength: float = 0.85) -> np.nda
 
 
 def contrast(heat: np.ndarray) -> np.ndarray:
-    """Heat in [0, 1]: 0 up to its median, 1 at its maximum."""
+    """Heat in [0, 1]: 0 up to its median, 1 at its maximum, and steep between, so that the best places stand out."""
     low, high = np.median(heat), heat.max()
-    return np.clip((heat - low) / max(high - low, 1e-6), 0, 1)
+    return np.clip((heat - low) / max(high - low, 1e-6), 0, 1) ** 3
 
 
 def cross(picture: np.ndarray, marks: Sequence[tuple[float, float]], colour: Sequence[int], arm: int = 6) -> None:

@@ -2,8 +2,9 @@
 
 Where the thresholds come from: the runs that ``benchmarks/verdicts.py`` records, of objectives that learn and of some that are
 made to collapse, and those of ``benchmarks/README.md``. In runs that learn the effective rank of the features kept at least
-0.6 of the highest it had; in runs that collapse rank or spread falls below a third of it within a few epochs. The thresholds
-stand between. Longer runs of larger networks were not recorded: there they are a guess.
+0.6 of the highest it had; in runs that collapse it falls to 0.4 or less of what the untrained network has, or what the losses
+compare tells nothing apart. The thresholds stand between. Longer runs of larger networks were not recorded: there they
+are a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import numpy as np
 State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
 
 ENOUGH = 4  # epochs before anything but collapse is said
-FALLEN, GONE = 0.3, 0.1  # of the highest effective rank or spread so far: collapsing, collapsed
+FALLEN, GONE = 0.45, 0.1  # of the highest effective rank or spread so far, or before the first step: collapsing, collapsed
+# The consistency loss has vanished: less than this share of the first epoch's (recorded: below 0.003; healthy: above 0.4), while
+# retrieval is less than so many times chance (recorded: 1; healthy: 2 to 10, except Gram).
+VANISHED, GUESSES = 0.05, 2.0
 LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
 STILL = 10  # epochs, or a fifth of the run where that is more, without a move: a plateau
 NOISES = 3.0  # a move is a change of more than so many standard deviations of the noise between epochs
@@ -55,15 +59,35 @@ def _collapse(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
         values = [float(e[name]) for e in epochs if name in e]
         if not values:
             continue
-        highest = max(values)
+        highest = max(*values, float(now.get(f"{name}_start", 0.0)))
         share = values[-1] / highest if highest > 0 else 0.0
         words = f"{name.replace('_', ' ')} of the features is {values[-1]:.3g}, the highest was {highest:.3g}"
         if values[-1] < least or share < GONE:
             gone = f"at least {least:g} and {GONE:g} of the highest is expected"
             return Verdict("COLLAPSED", f"{words} ({gone}). {_advice(now)}")
-        if share < FALLEN and len(values) > 1:
+        if share < FALLEN:
             worst = worst or Verdict("COLLAPSING", f"{words}: less than {FALLEN:g} of it. {_advice(now)}")
-    return worst
+    return worst or _says_nothing(epochs)
+
+
+def _says_nothing(epochs: Sequence[Mapping[str, Any]]) -> Verdict | None:
+    """Where the consistency is nearly perfect and yet tells corresponding bins from others no better than by chance, two
+    epochs in a row. Gram, which compares no bins one by one, keeps a loss."""
+    if len(epochs) < 2 or not all(_at_chance(e, epochs[0]) for e in epochs[-2:]):
+        return None
+    now = epochs[-1]
+    words = (
+        f"consistency loss is {now['consistency_loss']:.2g}, in the first epoch {epochs[0]['consistency_loss']:.2g}, but "
+        f"retrieval {now['retrieval']:.2g} (chance {now['retrieval_chance']:.2g})"
+    )
+    return Verdict("COLLAPSING", f"{words}: what the losses compare tells nothing apart. {_advice(now)}")
+
+
+def _at_chance(epoch: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    if not {"consistency_loss", "retrieval", "retrieval_chance"} <= epoch.keys():
+        return False
+    agrees = float(epoch["consistency_loss"]) < VANISHED * float(first.get("consistency_loss", 0.0))
+    return agrees and float(epoch["retrieval"]) < GUESSES * float(epoch["retrieval_chance"])
 
 
 def _advice(now: Mapping[str, Any]) -> str:
@@ -104,7 +128,7 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
 
     The noise is the standard deviation of the differences from each epoch to the next, by their median and over the root of
     two, which a trend hardly changes. A move is a new best of two epochs in a row, better by three of these than where the
-    last move led, at first than the median of the first epochs: one lucky epoch is none.
+    last move led, at first than the first epochs: one lucky epoch is none.
     """
     values = np.array([sign * float(e[name]) for e in epochs if name in e])
     if len(values) < ENOUGH:
@@ -113,7 +137,7 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
     noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
     noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
     lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
-    anchor, at = float(np.median(values[:3])), None
+    anchor, at = float(max(values[0], np.median(values[:3]))), None
     for n, value in enumerate(lasting, 1):
         if value > anchor + NOISES * noise:
             anchor, at = float(value), n

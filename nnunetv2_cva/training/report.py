@@ -60,6 +60,15 @@ def write_report(folder: Path, tick: Callable[[], object] = lambda: None, matche
     return path
 
 
+def report(folder: str) -> list[str]:
+    """Write the page; returns the verdict and where the page is.
+
+    Raises:
+        ValueError: as ``write_report``.
+    """
+    return [str(verdict(read_epochs(Path(folder)))), f"Wrote {write_report(Path(folder))}."]
+
+
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The metrics of all epochs.
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnunetv2_cva.model.branches import Student
 from nnunetv2_cva.training.objective import Prepared
 from nnunetv2_cva.training.pictures import SHOWN, draw_views
@@ -80,7 +82,8 @@ class Views:
         cases = len(batch.views) // per_case
         shown = min(SHOWN, cases)
         rows = [view * cases + case for view in range(per_case) for case in range(shown)]
-        tensors = {name: value[rows] for name, value in vars(batch).items() if value is not None}
+        # One by one: a list of numbers would have to be copied to the device, which waits for it.
+        tensors = {name: torch.stack([value[row] for row in rows]) for name, value in vars(batch).items() if value is not None}
         self._kept = replace(batch, **tensors), shown
 
     def draw(self, student: Student, autocast: Callable[[], AbstractContextManager]) -> None:

@@ -202,6 +202,7 @@ class CVATrainer(nnUNetTrainer):
             self.objective,
             attention=partial(preferring, self._choose_attention()),
         )
+        self._at_start = self._measure_start()
         its = self.config.iterations_per_epoch
         self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
         first = self.current_epoch * its + len(self._progress.outputs)
@@ -390,11 +391,17 @@ class CVATrainer(nnUNetTrainer):
             "epoch": self.current_epoch,
             **{f"{name}_loss": value for name, value in means.items()},
             **self._nulls(),
+            **self._at_start,
             **others,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "data_wait": (whole.waited + self.dataloader_train.waited) / seconds,
             "seconds": seconds,
         }
+
+    def _measure_start(self) -> dict[str, float]:
+        """How much the features differ before the first step: what a verdict of collapse compares with."""
+        found = self.history.epochs[-1] if self.history.epochs else {f"{k}_start": v for k, v in self.watch().items()}
+        return {k: found[k] for k in ("effective_rank_start", "spread_start") if k in found}
 
     def _nulls(self) -> dict[str, float]:
         """What losses are when nothing was learned, as far as that follows from the settings."""

@@ -62,7 +62,7 @@ def score(
     found = {"watched_loss": torch.stack(losses).mean().item()} if losses else {}
     if embedded:
         pairs = torch.cat(embedded, dim=1)
-        found.update({**pair_metrics(*pairs), **null_metrics(*pairs)})
+        found.update({**pair_metrics(*pairs), **null_metrics(*pairs), "retrieval_chance": 1 / pairs.shape[2]})
     both = torch.cat(features, dim=1)
     if config.needs_second_view:
         compared = by_view(standardised(both.flatten(0, 1)))

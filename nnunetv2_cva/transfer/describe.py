@@ -63,7 +63,8 @@ def describe(file: str, trust: bool = False) -> Description:
         ("licence", card.get("licence") or NOT_STATED),
     ]
     # Whatever else the card holds: nothing in it is kept from its reader.
-    facts += [(name.replace("_", " "), value) for name, value in card.items() if name not in _SAID]
+    others = {**card, "started_from": {k: v for k, v in entry(card, "started_from").items() if k != "citations"}}
+    facts += [(name.replace("_", " "), value) for name, value in others.items() if name not in _SAID]
     citations = card.get("citations")
     facts += [("cite", _citation(c)) for c in (citations if isinstance(citations, list) else [])]
     facts += [("note", note) for note in source.notes]

@@ -119,7 +119,7 @@ def _known(weights: Mapping[str, Tensor], stated: Family | None) -> bool:
 def _wrappers(weights: Mapping[str, Tensor]) -> list[str]:
     """Beginnings of names, shortest first."""
     found = {".".join(k.split(".")[:n]) for n in range(1, DEPTH + 1) for k in weights if k.count(".") >= n}
-    return sorted(found, key=lambda w: (w.count("."), w))[:2000]
+    return sorted(found, key=lambda w: (w.count("."), w))[:300]
 
 
 def _within(weights: Mapping[str, Tensor], wrapper: str) -> dict[str, Tensor]:

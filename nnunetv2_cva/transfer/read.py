@@ -23,6 +23,7 @@ from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 
 NNSSL = "nnssl checkpoint"
+RECONSTRUCTING = ("keep", "it was trained to reconstruct masked images from this encoder's features")
 AGAIN = "as when this file was exported: "
 
 
@@ -189,7 +190,7 @@ def _decoder_default(content: Mapping[str, Any], layout: Layout, planned: bool) 
             return "fresh", f"pretraining trains a decoder of its own beside a {layout.family.kin}; this one was never trained"
         if entry(ours, "config").get("reconstruction_weight", 1) == 0:
             return "fresh", "this recipe reconstructs nothing, so it was never trained"
-        return "keep", "it was trained to reconstruct masked images from this encoder's features"
+        return RECONSTRUCTING
     if exported.get("decoder") in ("keep", "fresh"):
         return exported["decoder"], f"{AGAIN}{exported.get('decoder_reason')}"
     if planned:
@@ -215,7 +216,7 @@ def _nnssl(path: Path, branch: str, weights: dict[str, Tensor], layout: Layout, 
         layout=_with_strides(layout, strides),
         card=entry(content, "pretraining") or from_nnssl(content),
         view=_extent(from_nnssl(content).get("view_size")),
-        decoder=_foreign_decoder(weights, layout),
+        decoder=RECONSTRUCTING if entry(content, "pretraining", "config") else _foreign_decoder(weights, layout),
         notes=notes,
         architecture=architecture,
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from nnunetv2_cva.transfer.adapt import fill, match
 from nnunetv2_cva.transfer.card import inheritance
+from nnunetv2_cva.transfer.hub import SCHEME
 from nnunetv2_cva.transfer.licence import reminders
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import table
@@ -47,7 +48,7 @@ def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> Start:
     licence = [f"Licence: {source.card['licence']}, which the trained weights inherit."] if source.card.get("licence") else []
     reminded = [f"WARNING: {line}." for line in reminders(source.card.get("licence"))]
     lines = [f"Weights of {path} ({source.kind}):", *table(transfer), *licence, *reminded]
-    return Start(lines, inheritance(source.card, Path(path).name))
+    return Start(lines, inheritance(source.card, path if path.startswith(SCHEME) else Path(path).name))
 
 
 _WAYS = {"trust": "trust the file", "source_view": "take a patch size for the file's", "allow_partial": "write it all the same"}

@@ -1,0 +1,38 @@
+"""Planning, with the training's own count of what a step takes."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_cva.config import DEFAULT, PRIMUS, resolve
+from nnunetv2_cva.datasets import planning
+from nnunetv2_cva.datasets.parallel import Progress
+from nnunetv2_cva.datasets.planning import Planned, Request
+from nnunetv2_cva.training.memory import step_memory
+from nnunetv2_cva.transfer.target import trainer_class
+
+__all__ = ["Planned", "Request", "plan"]
+
+
+def plan(request: Request, progress: Progress) -> Planned:
+    """As ``datasets.planning.plan``."""
+    return planning.plan(request, progress, counted)
+
+
+def counted(plans: dict[str, Any], name: str, trainer: str) -> float:
+    """GB of tensors that a step of the configuration ``name`` takes in bf16, with the network that ``trainer`` builds."""
+    return _counted(json.dumps(plans), name, trainer)
+
+
+@lru_cache(maxsize=256)
+def _counted(content: str, name: str, trainer: str) -> float:
+    plans = json.loads(content)
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(name)
+    recipe = DEFAULT.updated(PRIMUS, "recipe") if "Primus" in trainer else DEFAULT
+    channels = len(configuration.normalization_schemes)
+    return step_memory(trainer_class(trainer), manager, configuration, channels, resolve(recipe, plans, name, {}))

@@ -1,0 +1,81 @@
+"""What may be asked of a network's features, field by field; and how far the work is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Progress = Callable[[str, int, int], object]  # what is done, how many of it, of how many
+
+
+@dataclass(frozen=True)
+class Embed:
+    """``level``, ``taps``, ``format`` and ``overlap``: see ``embedding.Wanted``; ``part`` of ``parts``, counted from 0."""
+
+    weights: str
+    images: tuple[str, ...]
+    output: str
+    level: Literal["image", "windows", "dense"] = "image"
+    taps: tuple[int, ...] | None = None
+    format: Literal["npz", "b2nd", "nifti"] = "npz"
+    overlap: float = 0.5
+    part: int = 0
+    parts: int = 1
+    branch: str = "student"
+    trust: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """``images``: files, or with ``target``, a labelled dataset, names of its cases; ``points``: a file of them, else ``count``
+    are chosen; ``against``: a second file of weights."""
+
+    weights: str
+    images: tuple[str, ...]
+    output: str
+    points: str | None = None
+    count: int = 4
+    target: str | None = None
+    against: str | None = None
+    pairs: int = 20
+    branch: str = "student"
+    trust: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Of voxels of the labelled ``dataset``, or of the images that ``csv`` names."""
+
+    weights: tuple[str, ...]
+    output: str
+    dataset: str | None = None
+    labelled: int = 4
+    csv: str | None = None
+    seeds: int = 5
+    folds: int = 5
+    branch: str = "student"
+    trust: bool = False
+    device: str | None = None
+
+
+def device_of(asked: str | None) -> str:
+    """The device that was asked for, else the best there is."""
+    import torch
+
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def counting(progress: Progress, what: str, of: int) -> Callable[[], None]:
+    """Say that nothing is done yet; and what says, when it is called, that one more is."""
+    finished = 0
+
+    def tick() -> None:
+        nonlocal finished
+        finished += 1
+        progress(what, finished, of)
+
+    progress(what, 0, of)
+    return tick
