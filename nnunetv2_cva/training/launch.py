@@ -68,6 +68,8 @@ def train(asked: Training) -> int:
             dist.init_process_group({"cuda": "nccl"}.get(asked.device, "gloo"), timeout=TIMEOUT)
             ending.callback(dist.destroy_process_group)
         _run(asked)
+        if world > 1:
+            dist.barrier()  # who leaves while others still write would be taken for one that failed
     return 0
 
 

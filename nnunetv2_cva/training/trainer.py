@@ -315,7 +315,8 @@ class CVATrainer(LastingRun):
             raise RuntimeError(messages.out_of_memory(e, self.config)) from e
         self._pace.tick()
         self._bar.tick()
-        output = {**losses, "overlap": batch["overlap"].mean()}
+        share = self.data.share  # the mean over processes is that over cases, though they have different numbers of them
+        output = {**losses, "overlap": batch["overlap"].sum() * (len(share.per_rank) / share.total)}
         self._progress.outputs.append(output)
         last = len(self._progress.outputs) == self.config.iterations_per_epoch
         if last and self.local_rank == 0 and self._views.due(self.current_epoch):
