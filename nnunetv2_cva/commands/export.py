@@ -80,17 +80,12 @@ def run(args: argparse.Namespace) -> int:
         _refuse_target(args)
     elif args.d is None or args.c is None:
         raise ValueError("-d and -c are needed: what is written is made for a target. Only --format nnssl has none.")
-    from nnunetv2_cva.transfer.export import Output, export, export_for_hub, export_for_nnssl, export_plans
+    from nnunetv2_cva.transfer.export import Output, export
 
     output = Output(args.hub_folder or args.o, args.allow_partial, args.dry_run, args.licence)
     with advised():
-        weights = weights_of(args)
-        if args.hub_folder:
-            found = export_for_hub(weights, output)
-        elif args.format == "nnssl":
-            found = export_for_nnssl(weights, output)
-        else:
-            found = (export_plans if args.format == "plans" else export)(weights, place_of(args), output)
+        place = None if args.hub_folder or args.format == "nnssl" else place_of(args)
+        found = export("hub" if args.hub_folder else args.format, weights_of(args), place, output)
     print("\n".join(found.lines))
     if found.refusal is not None:
         raise ValueError(f"{found.refusal} Nothing was written; --allow-partial writes it all the same.")

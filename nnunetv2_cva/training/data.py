@@ -168,7 +168,7 @@ class TrainingData:
         if self.index is None:
             raise ValueError(
                 f"sampling {self.config.sampling!r} draws from several datasets, but there is no index that names them: the data "
-                "was not made by `nnUNetv2_cva preprocess` or adopted by `nnUNetv2_cva plan --adopt`."
+                "was not made by `nnUNetv2_cva preprocess` or adopted by `nnUNetv2_cva plan`."
             )
         return sampling_weights(self.index.dataset_of_keys(self.training), self.config.sampling)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -16,6 +17,10 @@ from nnunetv2_cva.transfer.table import data_warnings, table
 from nnunetv2_cva.transfer.target import Target, find_target
 from nnunetv2_cva.transfer.weights import check_writable
 from nnunetv2_cva.transfer.write import write_for_nnunet
+
+
+# A file for stock nnU-Net; plans with the network of the file; a file in the layout of nnssl; a folder to upload.
+Form = Literal["nnunet", "plans", "nnssl", "hub"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,21 @@ def check(weights: Weights, place: Place) -> Outcome:
     return Outcome(lines, refusal=transfer.refusal(), obstacle=stock_obstacle(source, network))
 
 
-def export(weights: Weights, place: Place, output: Output) -> Outcome:
+def export(form: Form, weights: Weights, place: Place | None, output: Output) -> Outcome:
+    """Write the weights in one of the forms. ``place``: None for "nnssl" and "hub", which describe the pretraining itself.
+
+    Raises:
+        ValueError: anything that cannot be read, found, built or written.
+    """
+    if form == "hub":
+        return _for_hub(weights, output)
+    if form == "nnssl":
+        return _for_nnssl(weights, output)
+    assert place is not None
+    return (_plans if form == "plans" else _for_nnunet)(weights, place, output)
+
+
+def _for_nnunet(weights: Weights, place: Place, output: Output) -> Outcome:
     """Write a file for stock ``-pretrained_weights``, whole and checked; not where the outcome has a refusal.
 
     Raises:
@@ -88,7 +107,7 @@ def export(weights: Weights, place: Place, output: Output) -> Outcome:
     return Outcome(lines, written=not output.dry_run)
 
 
-def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
+def _for_nnssl(weights: Weights, output: Output) -> Outcome:
     """Write the network of the pretraining itself in the layout of nnssl, OpenMind and the SSL3D challenge.
 
     Raises:
@@ -105,7 +124,7 @@ def export_for_nnssl(weights: Weights, output: Output) -> Outcome:
     return Outcome(lines, written=not output.dry_run, plan=plan)
 
 
-def export_for_hub(weights: Weights, output: Output) -> Outcome:
+def _for_hub(weights: Weights, output: Output) -> Outcome:
     """Write a folder as one uploads it, with the network of the pretraining itself.
 
     Raises:
@@ -125,7 +144,7 @@ def export_for_hub(weights: Weights, output: Output) -> Outcome:
     return Outcome((*lines, "", *write_hub_folder(output.file, network, transfer, target, output.licence)), written=True)
 
 
-def export_plans(weights: Weights, place: Place, output: Output) -> Outcome:
+def _plans(weights: Weights, place: Place, output: Output) -> Outcome:
     """Write plans named ``output.file`` for the place, with the network of the file: beside the target's own.
 
     Raises:
