@@ -66,7 +66,8 @@ def rows_of(name: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fine-tunings of an experiment, whichever asked for them; scratch takes no part of anything."""
     e = EXPERIMENTS[name]
     wanted = {"data": e.data, **asdict(e.protocol)}
-    rows = [r for r in results if r["kind"] == "fine-tune" and r["seed"] in e.seeds and r["split"] in e.splits]
+    ours = {"recipe": e.recipes, "seed": e.seeds, "split": e.splits, "labels": e.labels}
+    rows = [r for r in results if r["kind"] == "fine-tune" and all(r[k] in v for k, v in ours.items())]
     return [r for r in rows if all(r[k] == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())]
 
 

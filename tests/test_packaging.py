@@ -86,6 +86,7 @@ def test_wheel_holds_the_package_with_recipes_and_plans(built):
         expected |= {f"nnunetv2_cva/{folder}/{p.name}" for p in files}
     information = f"nnunetv2_cva-{__version__}.dist-info"
     extra = {"nnunetv2_cva/py.typed", "nnunetv2_cva/plans/for_this_test.json", f"{information}/licenses/LICENSE"}
+    extra |= {"nnunetv2_cva/seeing/look.js"}
     inside = {n for n in names if not n.startswith(f"{information}/")}
     assert inside == {n for n in expected | extra if not n.startswith(f"{information}/")}
     assert f"{information}/licenses/LICENSE" in names

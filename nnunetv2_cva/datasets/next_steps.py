@@ -86,7 +86,10 @@ def _for_target(target: FineTuned, plans_name: str, name: str, recipe: Recipe, c
 def _preprocessed(target: FineTuned, name: str) -> bool:
     """Whether the target's images have been preprocessed for this configuration of its plans."""
     data = nnunet_folder(PREPROCESSED) / target.name / configuration(target.plans, name)["data_identifier"]
-    return data.is_dir() and any(e.name.endswith((".b2nd", ".npz", ".npy")) for e in os.scandir(data))
+    if not data.is_dir():
+        return False
+    with os.scandir(data) as entries:
+        return any(e.name.endswith((".b2nd", ".npz", ".npy")) for e in entries)
 
 
 def device() -> str:

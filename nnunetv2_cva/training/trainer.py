@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -22,8 +21,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
-from nnunetv2_cva import __version__
-from nnunetv2_cva.config import CVAConfig, check_resumable, resolve
+from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.files import write_json
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
@@ -35,20 +33,20 @@ from nnunetv2_cva.training.attention import choose, preferring
 from nnunetv2_cva.training.copies import DeviceBatches, Lane
 from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_cases_of_run, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, local_device, one_after_the_other, share_of_rank
-from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
+from nnunetv2_cva.training.lasting_run import LastingRun
 from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.progress import Progress, judge_skipped
 from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
 from nnunetv2_cva.training.step import TrainingStep, all_finite
-from nnunetv2_cva.training.stopping import EXIT_CODE, Stopped, Stopping
+from nnunetv2_cva.training.stopping import Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
 
 
-class CVATrainer(nnUNetTrainer):
+class CVATrainer(LastingRun):
     """Base of all recipes. A recipe sets ``config`` and, for a network that nnU-Net builds in a trainer, ``backbone_trainer``.
 
     Research may also set ``objective`` (losses of its own; ``config`` may be a subclass of CVAConfig with their settings) and
@@ -151,26 +149,6 @@ class CVATrainer(nnUNetTrainer):
         self.was_initialized = True
 
     # ---- start
-
-    def run_training(self) -> None:
-        """nnU-Net's loop, alone in its folder, until it ends or is told to stop.
-
-        Raises:
-            Stopped: before the end, saved.
-        """
-        self._stopping = Stopping(self.config.stop_after_minutes, self._constructed)
-        alone = only_one(self.output_folder, self.print_to_log_file) if self.local_rank == 0 else nullcontext()
-        with alone, self._stopping.noticing():
-            super().run_training()
-
-    def _claim_folder(self) -> None:
-        """Find what is to be continued, or make sure that nothing is destroyed."""
-        if self._resumed is None and self._asked_to_continue and checkpoints.can_be_continued(self.output_folder):
-            self.load_checkpoint(join(self.output_folder, checkpoints.LATEST))  # nnU-Net does not know of the previous one
-        elif self._resumed is None and self.local_rank == 0:
-            aside = refuse_or_set_aside(self.output_folder, [os.path.basename(self.log_file)], self.config.set_aside)
-            if aside is not None:
-                self.print_to_log_file(f"An earlier run was moved to {aside}.")
 
     def on_train_start(self) -> None:
         self._claim_folder()
@@ -346,21 +324,6 @@ class CVATrainer(nnUNetTrainer):
         self._stop_if_told()
         return output
 
-    def _stop_if_told(self) -> None:
-        """Save and end the program, all ranks after the same step."""
-        reason = "" if self._stopping is None else self._stopping.reason()
-        if reason:
-            self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
-            if self.is_ddp:
-                dist.barrier()  # who ended before the file is written would have the others ended
-            self.dataloader_train.close()
-            done = len(self._progress.outputs)
-            self.print_to_log_file(
-                f"Stopped: {reason}. Saved after {self.current_epoch} epochs and {done} iterations: --c goes on from there. "
-                f"Exit code {EXIT_CODE}."
-            )
-            raise Stopped
-
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """nnU-Net's, beside the progress bar of the run where there is one."""
         bar: RunBar | None = getattr(self, "_bar", None)
@@ -440,34 +403,6 @@ class CVATrainer(nnUNetTrainer):
             except OSError as e:  # a picture is not worth a run
                 self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
 
-    def _save(self, improved: bool) -> None:
-        """Latest, where it is time, and best. Latest first: best alone cannot be continued."""
-        age = monotonic() - self._saved_at + self.record["seconds"]
-        last = self.current_epoch == self.num_epochs
-        due = not last and (self.current_epoch == 1 or age > 60 * self.config.checkpoint_minutes)
-        for name in (*((checkpoints.LATEST,) if due else ()), *((checkpoints.BEST,) if improved else ())):
-            try:
-                self.save_checkpoint(join(self.output_folder, name))
-            except OSError as e:  # a disk that is full now need not be in the end
-                self.print_to_log_file(f"WARNING: {e} Training goes on.")
-            else:
-                self._saved_at = monotonic() if name == checkpoints.LATEST else self._saved_at
-
-    def _mend_best(self) -> None:
-        """Write the best checkpoint again from the weights that are continued, where a kill has left none or one of an earlier
-        epoch than the best of the history."""
-        metric, epochs = criterion(self.config), self.history.epochs
-        scored = [e for e in epochs if metric.name in e]
-        if self.local_rank != 0 or not scored or self._progress.outputs:
-            return
-        best = max(scored, key=lambda e: metric.sign * e[metric.name])["epoch"] + 1
-        found = checkpoints.summary(join(self.output_folder, checkpoints.BEST))
-        if found is not None and found["current_epoch"] >= best:
-            return
-        self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
-        lost = "" if best == self.current_epoch else f" The best was after {best} epochs, and those weights are lost."
-        self.print_to_log_file(f"{checkpoints.BEST} was made again from the weights after {self.current_epoch} epochs.{lost}")
-
     def _report(self, note: str) -> None:
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
         for line in messages.epoch(self.record, note):
@@ -504,58 +439,6 @@ class CVATrainer(nnUNetTrainer):
         weights = join(self.output_folder, self._to_fine_tune)
         plans, name = self.plans_manager.plans, self.configuration_name
         self.print_to_log_file(messages.closing(plans, name, self.student, self.backbone_trainer, weights))
-
-    def save_checkpoint(self, filename: str) -> None:
-        """Latest and final hold the whole run, best holds weights. Written atomically by rank 0."""
-        progress = self._progress.state(0.0 if self.dataloader_train is None else self.dataloader_train.waited)  # of all ranks
-        if self.local_rank != 0 or self.disable_checkpointing:
-            return
-        name = os.path.basename(filename)
-        content = {
-            "init_args": {
-                "plans": self.plans_manager.plans,
-                "configuration": self.configuration_name,
-                "fold": self.fold,
-                "dataset_json": self.dataset_json,
-            },
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": None,
-            "current_epoch": self.current_epoch,
-            "cva": {
-                "version": __version__,
-                "config": self.config.as_dict(),
-                "history": self.history.epochs,
-                "backbone_trainer": self.backbone_trainer.__name__,
-                "step": len(self._progress.outputs),
-                "progress": progress,
-                "cases": self.data.stamps(),
-                "started_from": self._started_from,
-            },
-        }
-        checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)
-
-    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Continue a run exactly, from the checkpoint that came furthest, whichever of them nnU-Net asks for.
-
-        Asked for best where there is a final one (``--val_best``): best's weights are what the closing command names.
-        """
-        folder = os.path.dirname(filename_or_checkpoint)
-        if os.path.basename(filename_or_checkpoint) == checkpoints.BEST and isfile(join(folder, checkpoints.FINAL)):
-            self._to_fine_tune = checkpoints.BEST
-            return
-        path, content = checkpoints.newest(folder, self.print_to_log_file)
-        self.config = check_resumable(content["cva"]["config"], self.config)
-        checkpoints.check_plans(content["init_args"]["plans"], self.plans_manager.plans, self.configuration_name)
-        if not self.was_initialized:
-            self.initialize()
-        self._run().restore(content)
-        self.current_epoch = content["current_epoch"]
-        self.history.epochs = list(content["cva"]["history"])
-        self._started_from = content["cva"].get("started_from")
-        self._resumed, self._resumed_from = content, f"{path}, {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
-
-    def _run(self) -> checkpoints.Run:
-        return checkpoints.Run(self.student, self.teacher, self.optimizer, self.grad_scaler)
 
 
 def _checksum(network: nn.Module) -> float:

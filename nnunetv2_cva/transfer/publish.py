@@ -138,7 +138,7 @@ def usage(name: str, target: Target) -> list[str]:
     option = "" if trainer == "nnUNetTrainer" else f" -tr {trainer}"
     there = f"-d DATASET -c 3d_fullres -p PLANS{option}"
     return [
-        "pip install nnunetv2_cva",
+        f"nnUNetv2_cva info hf://ORGANISATION/{name}",
         f"nnUNetv2_cva export hf://ORGANISATION/{name} {there} -o weights.pth",
         f"nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS{option} -pretrained_weights weights.pth",
     ]
