@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def train(asked: Training) -> int:
             ending.callback(dist.destroy_process_group)
         _run(asked)
         if world > 1:
+            gc.collect()  # wrapped modules hold groups, which have to go before the program does
             dist.barrier()  # who leaves while others still write would be taken for one that failed
     return 0
 
