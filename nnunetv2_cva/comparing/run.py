@@ -130,7 +130,7 @@ def _prepared(
     if not weights.is_file():
         made.mkdir(parents=True, exist_ok=True)
         place = Place(request.dataset, request.configuration, request.plans, request.trainer)
-        outcome = export(Weights(file), place, Output(str(weights)))
+        outcome = export("nnunet", Weights(file), place, Output(str(weights)))
         if outcome.refusal is not None:
             raise ValueError(f"{file}: {outcome.refusal}")
     say(f"{name}: {file} ({source.kind}). {seen}")

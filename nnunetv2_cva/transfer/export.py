@@ -18,7 +18,6 @@ from nnunetv2_cva.transfer.target import Target, find_target
 from nnunetv2_cva.transfer.weights import check_writable
 from nnunetv2_cva.transfer.write import write_for_nnunet
 
-
 # A file for stock nnU-Net; plans with the network of the file; a file in the layout of nnssl; a folder to upload.
 Form = Literal["nnunet", "plans", "nnssl", "hub"]
 
