@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import locale
 import os
 import re
 import shlex
@@ -271,6 +272,7 @@ def test_a_series_is_a_case_whose_name_says_nothing_of_the_patient(tmp_path):
     write_series(tmp_path / "DOE^JANE" / "2", voxels(2, (12, 20, 18)), "1.2.3.5", modality="CT")
     write_series(tmp_path / "other", voxels(3, (12, 20, 18)), "1.2.3.6", patient="18", ending=".IMA")
     (tmp_path / "other" / "report.pdf").touch()
+    text = locale.setlocale(locale.LC_ALL)  # GDCM, which reads DICOM, sets it to C
     listed = found(tmp_path)
     assert len(listed.cases) == 3 and len({c.subject for c in listed.cases}) == 2 and listed.unread == {".pdf": 1}
     assert not [c for c in listed.cases if "doe" in (c.key + c.subject).lower() or "17" == c.subject[-2:]]
@@ -281,6 +283,7 @@ def test_a_series_is_a_case_whose_name_says_nothing_of_the_patient(tmp_path):
     before = case.stamp
     os.remove(files_of(first.files[0])[3])
     assert looked_at(*first.files).stamp != before
+    assert locale.setlocale(locale.LC_ALL) == text
 
 
 @pytest.mark.parametrize(

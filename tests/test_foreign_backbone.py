@@ -112,7 +112,7 @@ def test_the_trainer_trains_and_resumes_it(tmp_path, monkeypatch):
     assert read(file).layout.family == TowerBackbone.family
     again = make_trainer(nnUNetTrainerCVA_Tower, resume=True)
     assert all(torch.equal(v, again.network.state_dict()[k]) for k, v in trainer.network.state_dict().items())
-    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "-tr TowerTrainer -pretrained_weights" in log
 
 

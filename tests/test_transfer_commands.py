@@ -175,7 +175,7 @@ def test_export_for_a_pretraining_trainer(tmp_path, there, monkeypatch):
         (("-d", "Dataset099_Bar", "-c", "3d_fullres"), r"No dataset Dataset099_Bar in nnUNet_raw or"),
         (("-d", "", "-c", "3d_fullres"), r"Expected the number or the name of a dataset.*found ''"),
         (("-d", "Foo", "-c", "3d_fullres"), r"Expected the number or the name of a dataset.*found 'Foo'"),
-        (("-d", "/data/Dataset004_Other", "-c", "3d_fullres"), r"Expected the number or .*found '/data/Dataset004_Other'"),
+        (("-d", "/data/Dataset004_Other", "-c", "3d_fullres"), "expected a name, found '/data/Dataset004_Other'"),
         (("-d", "Dataset004_*", "-c", "3d_fullres"), r"No dataset Dataset004_\* in"),
         (("-d", 4, "-c", "3d_fullres", "-p", "nnUNetResEncUNetLPlans"), r"-d 4 -pl nnUNetPlannerResEncL$"),
         (("-d", 4, "-c", "3d_lowres"), r"no configuration '3d_lowres'\. Found: 3d_fullres, 2d"),

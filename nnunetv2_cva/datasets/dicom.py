@@ -6,10 +6,12 @@ UIDs. A series stands for its first file (by name); the others lie in the same f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import locale
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -93,7 +95,8 @@ def read_series(first: str) -> tuple[np.ndarray, dict[str, Any]]:
     files = files_of(first)
     ordered = files if len(files) == 1 else check_slices(files)
     try:
-        image = sitk.ReadImage(ordered if len(ordered) > 1 else ordered[0])
+        with _same_locale():
+            image = sitk.ReadImage(ordered if len(ordered) > 1 else ordered[0])
     except RuntimeError as e:
         raise Unusable(f"DICOM that cannot be read{_syntax(first)}: {one_line(e)}") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
@@ -149,10 +152,21 @@ def _tags(file: str, wanted: Sequence[str]) -> dict[str, str]:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(file)
     try:
-        reader.ReadImageInformation()
+        with _same_locale():
+            reader.ReadImageInformation()
     except RuntimeError:
         return {}
     return {tag: reader.GetMetaData(tag).strip() for tag in wanted if reader.HasMetaDataKey(tag)}
+
+
+@contextlib.contextmanager
+def _same_locale() -> Iterator[None]:
+    """GDCM sets the process's locale to C, in which Python reads and writes text as ASCII from then on."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _numbers(text: str) -> list[float]:

@@ -57,7 +57,8 @@ def local_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda":
         return device
-    index = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    given = os.environ.get("LOCAL_RANK")
+    index = dist.get_rank() if given is None else int(given)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

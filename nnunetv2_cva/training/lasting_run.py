@@ -48,6 +48,7 @@ class LastingRun(nnUNetTrainer):
     _resumed_from: str
     _to_fine_tune: str
     _started_from: dict[str, Any] | None
+    _at_start: dict[str, float]
 
     def run_training(self) -> None:
         """nnU-Net's loop, alone in its folder, until it ends or is told to stop.
@@ -137,6 +138,7 @@ class LastingRun(nnUNetTrainer):
                 "progress": progress,
                 "cases": self.data.stamps(),
                 "started_from": self._started_from,
+                "at_start": self._at_start,
             },
         }
         checkpoints.save(self._run().put_into(content, whole=name != checkpoints.BEST), filename)

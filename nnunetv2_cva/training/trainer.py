@@ -363,9 +363,11 @@ class CVATrainer(LastingRun):
         }
 
     def _measure_start(self) -> dict[str, float]:
-        """How much the features differ before the first step: what a verdict of collapse compares with."""
-        found = self.history.epochs[-1] if self.history.epochs else {f"{k}_start": v for k, v in self.watch().items()}
-        return {k: found[k] for k in ("effective_rank_start", "spread_start") if k in found}
+        """How much the features differ before the first step: what a verdict of collapse compares with. A run of 0.1.0 that is
+        continued does not know."""
+        if self._resumed is not None:
+            return self._resumed["cva"].get("at_start", {})
+        return {f"{k}_start": v for k, v in self.watch().items() if k in ("effective_rank", "spread")}
 
     def _nulls(self) -> dict[str, float]:
         """What losses are when nothing was learned, as far as that follows from the settings."""

@@ -1,5 +1,6 @@
 """DICOM series as a scanner leaves them: a file per slice, positions in millimetres."""
 
+import locale
 import os
 
 import SimpleITK as sitk
@@ -9,6 +10,7 @@ def write_series(folder, image, uid, spacing=(2.0, 0.8, 0.9), patient="17", name
     """``spacing`` and positions in the order of the array's axes, slices first. ``odd``: {slice number: {tag: value}}, or
     ``skip``: slices that are missing."""
     os.makedirs(folder, exist_ok=True)
+    text = locale.setlocale(locale.LC_ALL)  # GDCM sets it to C
     volume = sitk.GetImageFromArray(image)
     volume.SetSpacing(tuple(map(float, spacing[::-1])))
     writer = sitk.ImageFileWriter()
@@ -36,3 +38,4 @@ def write_series(folder, image, uid, spacing=(2.0, 0.8, 0.9), patient="17", name
         writer.SetFileName(file)
         writer.Execute(plane)
         os.rename(file, file[: -len(".dcm")] + ending)
+    locale.setlocale(locale.LC_ALL, text)
