@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nnunetv2_cva.views.geometry import draw_pair
     from nnunetv2_cva.views.resample import read_pair
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CVAConfig", "consistency_cosine", "draw_pair", "load_network", "nt_xent", "read_pair", "roi_align_3d"]
 _HOMES = {
     "CVAConfig": "config",

@@ -34,7 +34,7 @@ CONTACT_SHEET, VIEWS = "contact_sheet.png", "views.png"
 
 
 @dataclass(frozen=True)
-class Request:
+class PeekRequest:
     """What to look at. ``output``: folder of the pictures (default: the dataset's); ``cases``, ``pairs``: how many of each."""
 
     dataset: str
@@ -45,7 +45,7 @@ class Request:
     pairs: int = 6
 
 
-def peek(request: Request) -> list[str]:
+def peek(request: PeekRequest) -> list[str]:
     """Write the contact sheet, and the views once there is preprocessed data. Returns the table and what was written, as lines.
 
     Raises:

@@ -11,14 +11,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.config import DEFAULT, PRIMUS, resolve
 from nnunetv2_cva.datasets import planning
 from nnunetv2_cva.datasets.parallel import Progress
-from nnunetv2_cva.datasets.planning import Planned, Request
+from nnunetv2_cva.datasets.planning import Planned, PlanRequest
 from nnunetv2_cva.training.memory import step_memory
 from nnunetv2_cva.transfer.target import trainer_class
 
-__all__ = ["Planned", "Request", "plan"]
+__all__ = ["Planned", "PlanRequest", "plan"]
 
 
-def plan(request: Request, progress: Progress) -> Planned:
+def plan(request: PlanRequest, progress: Progress) -> Planned:
     """As ``datasets.planning.plan``."""
     return planning.plan(request, progress, counted)
 

@@ -122,7 +122,7 @@ def test_messages_below_the_commands_name_no_options():
 
 
 def test_a_command_that_thinks_and_a_message_with_an_option_are_found():
-    imports = ("nnunetv2_cva.datasets.planning import Request, plan", "nnunetv2_cva.files import read_json")
+    imports = ("nnunetv2_cva.datasets.planning import PlanRequest, plan", "nnunetv2_cva.files import read_json")
     text = "def run(args):\n" + "".join(f"    from {line}\n" for line in imports)
     assert list(library_calls(text)) == ["plan", "read_json"]
     text = 'def f():\n    """As --fast."""\n    raise ValueError(f\'{x}: give --hold-out, or -d; a well-known x-y\')'
@@ -214,3 +214,13 @@ def test_only_commands_print():
 
 def test_no_file_is_called_utils():
     assert not [p for p in sources(PACKAGE, "trainers", "plans", "tests", "benchmarks") if p.stem in ("utils", "util")]
+
+
+def test_one_name_for_one_thing():
+    """No class has the name of another module's."""
+    found = {}
+    for path in sources(PACKAGE):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(path.name)
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}

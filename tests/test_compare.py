@@ -12,7 +12,7 @@ from helpers.projects import NAME, add_labels, make_project
 from nnunetv2_cva.commands.main import main
 from nnunetv2_cva.comparing import unseen
 from nnunetv2_cva.comparing.arms import named
-from nnunetv2_cva.comparing.design import Request
+from nnunetv2_cva.comparing.design import CompareRequest
 from nnunetv2_cva.comparing.run import run
 from nnunetv2_cva.datasets.leakage import HeldOut
 from nnunetv2_cva.transfer.target import find_target
@@ -49,8 +49,8 @@ def here(project, monkeypatch):
 
 
 def request(here, out, **changes):
-    return Request(**{"dataset": NAME, "configuration": "3d_fullres", "weights": (str(here / "fold_0.pth"),), "labels": (1, 2)}
-                   | {"seeds": 2, "folder": str(out), **LENGTH, **changes})  # fmt: skip
+    usual = {"dataset": NAME, "configuration": "3d_fullres", "weights": (str(here / "fold_0.pth"),), "labels": (1, 2)}
+    return CompareRequest(**usual | {"seeds": 2, "folder": str(out), **LENGTH, **changes})
 
 
 def start(asked, stop_after=None):

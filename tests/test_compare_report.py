@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from nnunetv2_cva.comparing.design import SCRATCH, Design, Job, Request, curve_epochs, epochs_of, jobs
+from nnunetv2_cva.comparing.design import SCRATCH, CompareRequest, Design, Job, curve_epochs, epochs_of, jobs
 from nnunetv2_cva.comparing.picture import write_curves
 from nnunetv2_cva.comparing.report import as_plain, compare, main_comparisons, score, sentence, table
 
@@ -167,4 +167,4 @@ def test_the_curve_ends_with_the_training(epochs, points, expected):
 )
 def test_a_request_that_cannot_be_meant_is_refused(changes, match):
     with pytest.raises(ValueError, match=match):
-        Request(**{"dataset": "4", "configuration": "3d", "weights": ("a.pth",), **changes}).check()
+        CompareRequest(**{"dataset": "4", "configuration": "3d", "weights": ("a.pth",), **changes}).check()

@@ -22,12 +22,12 @@ from nnunetv2_cva.views.geometry import draw_pair
 SMALL = """
 import sys
 from pathlib import Path
-from nnunetv2_cva.commands.demo import Steps
+from nnunetv2_cva.commands.demo import StepsShown
 from nnunetv2_cva.demo.flow import Size, play
 
 if __name__ == "__main__":
     size = Size(images=6, test=3, pretraining=(2, 2), labels=1, splits=2, fine_tuning=10, scored=1, pairs=2)
-    sys.exit(play(Path(sys.argv[1]), 0, "cpu", False, Steps, size))
+    sys.exit(play(Path(sys.argv[1]), 0, "cpu", False, StepsShown, size))
 """
 
 
@@ -170,7 +170,7 @@ def test_what_was_found_is_said_with_its_interval():
 
 def test_the_time_that_remains_follows_from_the_shares_of_the_steps(tmp_path):
     with open(tmp_path / "terminal", "w") as terminal:
-        steps = demo.Steps(terminal, {"first": 0.25, "second": 0.5, "third": 0.25})
+        steps = demo.StepsShown(terminal, {"first": 0.25, "second": 0.5, "third": 0.25})
         assert steps.clock() == ""
         steps.seconds["first"] = 60.0
         assert steps.clock() == " (1.0 min so far, about 3 to go)"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nnunetv2_cva.comparing.job import Result
-    from nnunetv2_cva.comparing.run import Pace
+    from nnunetv2_cva.comparing.run import TimeLeft
 
 HELP = "Fine-tune from pretrained weights and from scratch on few labelled cases, and say what the difference is worth."
 
@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the table and what may be said."""
     from nnunetv2_cva.commands.options import request
     from nnunetv2_cva.commands.progress import Bar
-    from nnunetv2_cva.comparing.design import Request
+    from nnunetv2_cva.comparing.design import CompareRequest
     from nnunetv2_cva.comparing.run import JSON, PICTURE
     from nnunetv2_cva.comparing.run import run as compare
 
     with Bar() as bar:
-        outcome = compare(request(Request, args), print, bar, _trained)
+        outcome = compare(request(CompareRequest, args), print, bar, _trained)
     if outcome.table:
         print(f"\n{outcome.table}\n")
     for sentence in outcome.sentences:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trained(result: Result, pace: Pace) -> None:
+def _trained(result: Result, pace: TimeLeft) -> None:
     last = result.points[-1]["foreground"].values()
     known = [v for v in last if v is not None]
     dice = f"{sum(known) / len(known):.3f}" if known else "none"

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from nnunetv2_cva.demo.flow import play
 
-    return play(args.folder, args.seed, args.device, args.overwrite, Steps)
+    return play(args.folder, args.seed, args.device, args.overwrite, StepsShown)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Meter:
 
 
 @dataclass
-class Steps:
+class StepsShown:
     """Shows the steps on the terminal and remembers which of them is under way and what they took. ``shares``: of the steps in
     the whole time, by which the time that remains is judged."""
 

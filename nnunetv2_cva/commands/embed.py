@@ -51,9 +51,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compute what is missing."""
     from nnunetv2_cva.seeing.embed_images import embed_images
-    from nnunetv2_cva.seeing.requests import Embed
+    from nnunetv2_cva.seeing.requests import EmbedRequest
 
     with Bar() as bar:
-        said = embed_images(request(Embed, args), bar)
+        said = embed_images(request(EmbedRequest, args), bar)
     print(in_options("\n".join(said), args))
     return 0

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write picture and page; with labels print the tables, too."""
     from nnunetv2_cva.seeing.look_at import look_at
-    from nnunetv2_cva.seeing.requests import Look
+    from nnunetv2_cva.seeing.requests import LookRequest
 
     with Bar() as bar:
-        said = look_at(request(Look, args), bar)
+        said = look_at(request(LookRequest, args), bar)
     print(in_options("\n".join(said), args))
     return 0

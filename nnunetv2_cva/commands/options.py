@@ -7,10 +7,10 @@ import dataclasses
 import re
 from typing import Any, TypeVar
 
-Request = TypeVar("Request")
+Kind = TypeVar("Kind")
 
 
-def request(kind: type[Request], args: argparse.Namespace) -> Request:
+def request(kind: type[Kind], args: argparse.Namespace) -> Kind:
     """The frozen request of what was given, field by field; lists as tuples."""
     fields = (f.name for f in dataclasses.fields(kind))  # type: ignore[arg-type]
     given: dict[str, Any] = {name: getattr(args, name) for name in fields if hasattr(args, name)}

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; write the contact sheet, and the views once there is preprocessed data."""
-    from nnunetv2_cva.peek import Request, peek
+    from nnunetv2_cva.peek import PeekRequest, peek
 
-    print(in_options("\n".join(peek(request(Request, args))), args))
+    print(in_options("\n".join(peek(request(PeekRequest, args))), args))
     return 0

@@ -71,10 +71,10 @@ def _list(parser: Any, flag: str, metavar: str, help: str) -> None:  # noqa: A00
 
 def run(args: argparse.Namespace) -> int:
     """Look, plan, write, and say what to type next."""
-    from nnunetv2_cva.plan import Request, plan
+    from nnunetv2_cva.plan import PlanRequest, plan
 
     with Bar() as bar:
-        planned = plan(request(Request, args), bar)
+        planned = plan(request(PlanRequest, args), bar)
     print(in_options("\n".join(planned.said), args))
     for steps in planned.steps:
         print("\n".join((steps.title, *(f"  {command}" for command in steps.commands))))

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess what is missing; exit code 1 when a case failed."""
-    from nnunetv2_cva.datasets.preprocessing import Request, preprocess_dataset
+    from nnunetv2_cva.datasets.preprocessing import PreprocessRequest, preprocess_dataset
 
     with Bar() as bar:
-        done = preprocess_dataset(request(Request, args), bar)
+        done = preprocess_dataset(request(PreprocessRequest, args), bar)
     print(in_options("\n".join(done.said), args))
     return 1 if done.failed else 0

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; write it and the plot."""
     from nnunetv2_cva.seeing.probe_weights import probe_weights
-    from nnunetv2_cva.seeing.requests import Probe
+    from nnunetv2_cva.seeing.requests import ProbeRequest
 
     with Bar() as bar:
-        said = probe_weights(request(Probe, args), bar)
+        said = probe_weights(request(ProbeRequest, args), bar)
     print(in_options("\n".join(said), args))
     return 0

@@ -18,7 +18,7 @@ EPOCHS = 50  # a short training has up to as many, so that nnU-Net's learning ra
 
 
 @dataclass(frozen=True)
-class Request:
+class CompareRequest:
     """What is asked for. ``weights``: files (none: training from scratch alone, for a later comparison); ``labels``: how many
     labelled cases are trained on, one training for each; ``seeds``: how many splits; ``fold``: the fold whose validation cases
     are the test cases, ``test`` of them (None: all); ``iterations``: of every training, None for as many as the trainer has;

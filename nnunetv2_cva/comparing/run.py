@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.comparing.arms import Arm, digest, named
-from nnunetv2_cva.comparing.design import SCRATCH, Design, Job, Request, jobs, settings_hash
+from nnunetv2_cva.comparing.design import SCRATCH, CompareRequest, Design, Job, jobs, settings_hash
 from nnunetv2_cva.comparing.job import Result, Task, finished, perform
 from nnunetv2_cva.comparing.picture import write_curves
 from nnunetv2_cva.comparing.report import as_plain, compare, main_comparisons, score, sentence, table
@@ -27,7 +27,7 @@ JSON, PICTURE = "compare.json", "curves.png"
 
 
 @dataclass(frozen=True)
-class Pace:
+class TimeLeft:
     """``finished`` of ``total`` trainings that were to be done now, and how long the rest will take, in seconds."""
 
     finished: int
@@ -36,7 +36,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compared:
     """``unfinished``: trainings, of all parts; ``table`` is empty and ``sentences`` are none while no pair is finished."""
 
     folder: Path
@@ -45,7 +45,9 @@ class Outcome:
     unfinished: int
 
 
-def run(request: Request, say: Callable[[str], Any], progress: Progress, trained: Callable[[Result, Pace], Any]) -> Outcome:
+def run(
+    request: CompareRequest, say: Callable[[str], Any], progress: Progress, trained: Callable[[Result, TimeLeft], Any]
+) -> Compared:
     """Train what is not trained yet, of this part; write compare.json and the picture of all that is finished.
 
     ``say``: is told what was found out before; ``progress``: of reading images; ``trained``: of every training.
@@ -86,7 +88,7 @@ def _fine_tuned(target: Target) -> FineTuned:
     return FineTuned(name, nnunet.folder(nnunet.PREPROCESSED) / name, target.dataset_json, target.plans)
 
 
-def _design(request: Request, target: Target) -> Design:
+def _design(request: CompareRequest, target: Target) -> Design:
     """Raises ValueError where cases are missing or too few."""
     fine_tuned, settings = _fine_tuned(target), target.settings
     data = fine_tuned.folder / settings["data_identifier"]
@@ -118,7 +120,7 @@ def _prepared(
     design: Design,
     target: Target,
     folder: Path,
-    request: Request,
+    request: CompareRequest,
     say: Callable[[str], Any],
     tell: Progress,
 ) -> Arm:
@@ -142,13 +144,13 @@ def _task(job: Job, arms: dict[str, Arm], design: Design, folder: Path, device: 
     return Task(job, design, folder, arm.weights, arm.digest, device)
 
 
-def _train(todo: Sequence[Task], processes: int, trained: Callable[[Result, Pace], Any]) -> None:
+def _train(todo: Sequence[Task], processes: int, trained: Callable[[Result, TimeLeft], Any]) -> None:
     began, count = time.monotonic(), 0
 
     def done(result: Result) -> None:
         nonlocal count
         count += 1
-        trained(result, Pace(count, len(todo), (time.monotonic() - began) / count * (len(todo) - count)))
+        trained(result, TimeLeft(count, len(todo), (time.monotonic() - began) / count * (len(todo) - count)))
 
     for_each(perform, todo, processes, done, _killed, lambda *_: None, "")
 
@@ -160,7 +162,7 @@ def _killed(task: Task) -> Result:
     )
 
 
-def _report(every: Sequence[Task], arms: Sequence[Arm], design: Design, request: Request, folder: Path) -> Outcome:
+def _report(every: Sequence[Task], arms: Sequence[Arm], design: Design, request: CompareRequest, folder: Path) -> Compared:
     results = [r for task in every if (r := finished(task)) is not None]
     scores = {r.task.job: score(r.points) for r in results}
     names, labels = [a.name for a in arms], request.labels
@@ -171,4 +173,4 @@ def _report(every: Sequence[Task], arms: Sequence[Arm], design: Design, request:
     write_json(folder / JSON, as_plain(design, about, scores, found, sentences, unfinished))
     if scores:
         write_curves(folder / PICTURE, scores, found, names, labels)
-    return Outcome(folder, table(found, scores, names, labels) if scores else "", sentences, unfinished)
+    return Compared(folder, table(found, scores, names, labels) if scores else "", sentences, unfinished)

@@ -26,7 +26,7 @@ SAID = {False: "nothing recomputed", "selective": "part recomputed", True: "all 
 
 
 @dataclass(frozen=True)
-class Choice:
+class CardChoice:
     """``gb``: on the card, tensors and what it needs beside them."""
 
     view: tuple[int, ...]
@@ -55,7 +55,7 @@ class Counting:
         found: Checkpointing = self.block.get("gradient_checkpointing", config.gradient_checkpointing)
         return found
 
-    def counted(self, view: Sequence[int], cases: int, checkpointing: Checkpointing) -> Choice:
+    def counted(self, view: Sequence[int], cases: int, checkpointing: Checkpointing) -> CardChoice:
         """Of the very step; of two cases where it has one."""
         plans = copy.deepcopy(self.plans)
         name = self.configuration + PRETRAINING
@@ -69,9 +69,9 @@ class Counting:
         plans["configurations"][name] = found
         plans["configurations"] = {c: plans["configurations"][c] for c in (self.configuration, name)}
         tensors = self.measure(plans, name, self.recipe.trainer)
-        return Choice(tuple(view), cases, checkpointing, tensors * WORKSPACES + CONTEXT)
+        return CardChoice(tuple(view), cases, checkpointing, tensors * WORKSPACES + CONTEXT)
 
-    def calculated(self, start: Choice) -> Callable[[Sequence[int], int, Checkpointing], Choice]:
+    def calculated(self, start: CardChoice) -> Callable[[Sequence[int], int, Checkpointing], CardChoice]:
         """For any view and number of cases: what grows with their voxels and what does not, from two counts and one for every
         further mode."""
         other = start.cases // 2 if start.cases >= 4 else start.cases + 2  # of one case there is nothing to contrast
@@ -80,10 +80,10 @@ class Counting:
         fixed = start.gb - each * start.cases * voxels
         rates = {start.checkpointing: each}
 
-        def choice(view: Sequence[int], cases: int, checkpointing: Checkpointing) -> Choice:
+        def choice(view: Sequence[int], cases: int, checkpointing: Checkpointing) -> CardChoice:
             if checkpointing not in rates:
                 rates[checkpointing] = (self.counted(start.view, start.cases, checkpointing).gb - fixed) / start.cases / voxels
-            return Choice(tuple(view), cases, checkpointing, fixed + rates[checkpointing] * cases * float(np.prod(view)))
+            return CardChoice(tuple(view), cases, checkpointing, fixed + rates[checkpointing] * cases * float(np.prod(view)))
 
         return choice
 
@@ -103,12 +103,12 @@ def budget(asked: float | None, planner: str | None) -> tuple[float, str] | None
 
 def best(
     gb: float,
-    start: Choice,
-    calculate: Callable[[Sequence[int], int, Checkpointing], Choice],
+    start: CardChoice,
+    calculate: Callable[[Sequence[int], int, Checkpointing], CardChoice],
     views: Sequence[tuple[int, ...]],
     fixed_cases: bool,
     modes: Sequence[Checkpointing],
-) -> Choice | None:
+) -> CardChoice | None:
     """The first choice that fits: the largest view and the paper's cases with as little recomputed as possible, then smaller
     views to half of the voxels, then fewer cases, then the smallest views."""
     for view, cases in _in_order(start, views, fixed_cases):
@@ -119,7 +119,7 @@ def best(
     return None
 
 
-def _in_order(start: Choice, views: Sequence[tuple[int, ...]], fixed_cases: bool) -> Iterator[tuple[tuple[int, ...], int]]:
+def _in_order(start: CardChoice, views: Sequence[tuple[int, ...]], fixed_cases: bool) -> Iterator[tuple[tuple[int, ...], int]]:
     fewer = [] if fixed_cases or start.cases < 4 else [max(2, start.cases // 2)]
     half = np.prod(start.view) / 2
     for cases in (start.cases, *fewer):

@@ -32,7 +32,7 @@ BY_ALL_VOXELS = ("ZScoreNormalization", "RescaleTo01Normalization")
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to plan. ``dataset``: number, or full name, of the dataset for pretraining, which may be new.
 
     Images: ``images`` (folders, or datasets in nnUNet_raw) and ``table``, or ``adopt``; without any those of before, or the
@@ -78,7 +78,7 @@ class Planned:
         return tuple(line for line in self.said if line.startswith("WARNING"))
 
 
-def plan(request: Request, progress: Progress, measure: StepMemory) -> Planned:
+def plan(request: PlanRequest, progress: Progress, measure: StepMemory) -> Planned:
     """Look at the images, plan, and write what nnU-Net looks for into the dataset's folder. ``measure``: what a step takes.
 
     Raises:
@@ -143,7 +143,7 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
     return read_object(path)
 
 
-def _check_combination(request: Request) -> None:
+def _check_combination(request: PlanRequest) -> None:
     if request.adopt and (request.images or request.table):
         raise ValueError("`adopt` uses preprocessed data, `images` and `table` unprocessed: make two datasets.")
     if request.adopt and request.anonymous:
@@ -169,7 +169,7 @@ def _check_own(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Planning:
-    request: Request
+    request: PlanRequest
     folder: Path
     targets: tuple[FineTuned, ...]
     progress: Progress

@@ -29,7 +29,7 @@ from nnunetv2_cva.sizes import by
 
 
 @dataclass(frozen=True)
-class Job:
+class CaseJob:
     """One case to preprocess."""
 
     case: Finding
@@ -50,10 +50,10 @@ def preprocess(to: Destination, todo: Sequence[Finding], processes: int, progres
     Raises:
         ValueError: what is finished cannot be written.
     """
-    for_each(preprocess_case, [Job(c, to) for c in todo], processes, lambda _: None, _killed, progress, what)
+    for_each(preprocess_case, [CaseJob(c, to) for c in todo], processes, lambda _: None, _killed, progress, what)
 
 
-def preprocess_case(job: Job) -> None:
+def preprocess_case(job: CaseJob) -> None:
     """One case, by nnU-Net's preprocessor. A case that cannot be preprocessed is noted.
 
     Raises:
@@ -75,7 +75,7 @@ def preprocess_case(job: Job) -> None:
             _write(data, properties, job)
 
 
-def _preprocessed(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
+def _preprocessed(job: CaseJob) -> tuple[np.ndarray, dict[str, Any]]:
     read = read_images(job.case.files)
     images, properties = read.images, read.properties
     if content_hash(images) != job.case.content:
@@ -86,11 +86,11 @@ def _preprocessed(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
     return _stored(data, job.to.storage), properties
 
 
-def _killed(job: Job) -> None:
+def _killed(job: CaseJob) -> None:
     _note_failure(job, "its process was killed, most often because memory ran out; run again where there is more")
 
 
-def _note_failure(job: Job, reason: str) -> None:
+def _note_failure(job: CaseJob, reason: str) -> None:
     with writable(job.to.folder):
         write_text(job.failed, reason)
 
@@ -121,7 +121,7 @@ def _stored(data: np.ndarray, storage: Storage) -> np.ndarray:
     return data
 
 
-def _write(data: np.ndarray, properties: dict[str, Any], job: Job) -> None:
+def _write(data: np.ndarray, properties: dict[str, Any], job: CaseJob) -> None:
     """nnU-Net's blosc2 file, in blocks that suit the view, and its ``.pkl``; named so only when whole, ``.b2nd`` last.
 
     The blosc2 file notes which images it was made of.

@@ -18,7 +18,7 @@ from nnunetv2_cva.views.index import INDEX
 
 
 @dataclass(frozen=True)
-class Request:
+class PreprocessRequest:
     """What to preprocess: of the cases of ``dataset`` part ``part`` of ``parts`` (for jobs that share the work)."""
 
     dataset: str
@@ -38,7 +38,7 @@ class Preprocessed:
     failed: int = 0
 
 
-def preprocess_dataset(request: Request, progress: Progress) -> Preprocessed:
+def preprocess_dataset(request: PreprocessRequest, progress: Progress) -> Preprocessed:
     """Preprocess what is missing. Can be killed and repeated.
 
     Raises:

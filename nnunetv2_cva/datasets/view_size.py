@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva.config import DEFAULT, CVAConfig
-from nnunetv2_cva.datasets.memory_plan import CARDS, CONTEXT, MODES, WORKSPACES, Choice, Counting, StepMemory, best, budget
+from nnunetv2_cva.datasets.memory_plan import CARDS, CONTEXT, MODES, WORKSPACES, CardChoice, Counting, StepMemory, best, budget
 from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
 from nnunetv2_cva.datasets.user_changes import Recipe
 from nnunetv2_cva.nnunet import PRETRAINING
@@ -91,7 +91,7 @@ def _onto_card(
     views: Sequence[tuple[int, ...]],
     fixed_cases: bool,
     card: tuple[float, str] | None,
-) -> tuple[Choice, list[str]]:
+) -> tuple[CardChoice, list[str]]:
     """What fits onto the card, of these views, and what is said about memory; without a card the first view as it is."""
     usual = counting.usual
     start = counting.counted(view, cases, usual)

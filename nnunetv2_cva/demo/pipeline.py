@@ -130,10 +130,10 @@ def compare(workspace: Workspace, size: Size, device: str, pretrained: bool, tic
 
     Returns the table, and what may be said.
     """
-    from nnunetv2_cva.comparing.design import Request
+    from nnunetv2_cva.comparing.design import CompareRequest
     from nnunetv2_cva.comparing.run import run
 
-    request = Request(
+    request = CompareRequest(
         DATASET,
         CONFIGURATION,
         (str(workspace.weights),) if pretrained else (),

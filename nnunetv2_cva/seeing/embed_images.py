@@ -8,10 +8,10 @@ from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.seeing import embedding
 from nnunetv2_cva.seeing.frozen import load_frozen
 from nnunetv2_cva.seeing.images import find_images
-from nnunetv2_cva.seeing.requests import Embed, Progress, counting, device_of
+from nnunetv2_cva.seeing.requests import EmbedRequest, Progress, counting, device_of
 
 
-def embed_images(request: Embed, progress: Progress) -> list[str]:
+def embed_images(request: EmbedRequest, progress: Progress) -> list[str]:
     """Compute what is missing. Returns what there is to say.
 
     Raises:
@@ -40,7 +40,7 @@ def embed_images(request: Embed, progress: Progress) -> list[str]:
     return [f"The features of {len(images)} images are in {wanted.folder}."]
 
 
-def _settle(request: Embed) -> None:
+def _settle(request: EmbedRequest) -> None:
     """Make the folder and note what it holds.
 
     Raises:

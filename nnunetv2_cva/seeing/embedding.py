@@ -15,7 +15,7 @@ import torch
 from nnunetv2_cva.files import write_text, written_whole
 from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, on_grid, window_vectors
 from nnunetv2_cva.seeing.frozen import Frozen
-from nnunetv2_cva.seeing.images import Found, Image, preprocess
+from nnunetv2_cva.seeing.images import FoundImage, Image, preprocess
 
 Level = Literal["image", "windows", "dense"]
 Format = Literal["npz", "b2nd", "nifti"]
@@ -40,12 +40,12 @@ class Wanted:
         return [self.folder / f"{name}_tap{t}.{ending}" for t in check_taps(self.taps, network.taps)]
 
 
-def missing(images: Sequence[Found], wanted: Wanted, network: Frozen) -> list[Found]:
+def missing(images: Sequence[FoundImage], wanted: Wanted, network: Frozen) -> list[FoundImage]:
     """The images of which nothing, or not all, is there yet."""
     return [i for i in images if not all(f.is_file() for f in wanted.files(i.name, network))]
 
 
-def embed(found: Found, network: Frozen, wanted: Wanted, tick: Callable[[], object] = lambda: None) -> None:
+def embed(found: FoundImage, network: Frozen, wanted: Wanted, tick: Callable[[], object] = lambda: None) -> None:
     """Preprocess an image, compute its features and write them.
 
     image: ``vector`` (D,): the mean of every tap over the image. windows: ``vectors`` (W, D), the means over windows of the
@@ -72,7 +72,7 @@ def embed(found: Found, network: Frozen, wanted: Wanted, tick: Callable[[], obje
         _write_dense(maps, numbers, image, network, wanted, about)
 
 
-def gather(images: Sequence[Found], wanted: Wanted) -> None:
+def gather(images: Sequence[FoundImage], wanted: Wanted) -> None:
     """``embeddings.csv`` and ``embeddings.npz`` (``names``, ``vectors``) from the files of all images, in their order."""
     vectors = []
     for image in images:

@@ -21,7 +21,7 @@ AIR_TOLERANCE = 0.2  # standard deviations of the image, as for the views of a t
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundImage:
     """An image to be read: its files, one per channel."""
 
     name: str
@@ -67,7 +67,7 @@ class Image:
         return box[:, 0], np.array(self.size) / (box[:, 1] - box[:, 0])
 
 
-def find_images(given: Sequence[str], channels: int) -> list[Found]:
+def find_images(given: Sequence[str], channels: int) -> list[FoundImage]:
     """The images of files and folders, by name. Networks of several channels want nnU-Net's ``<case>_0000``, ``<case>_0001``...
 
     Raises:
@@ -82,7 +82,7 @@ def find_images(given: Sequence[str], channels: int) -> list[Found]:
         if len(group) != channels:
             expected = f"{channels} files {name}_0000, ..." if channels > 1 else "one file"
             raise ValueError(f"Image {name}: expected {expected}, as the network has {channels} channel(s), found {group}.")
-    return [Found(name, tuple(sorted(group))) for name, group in groups.items()]
+    return [FoundImage(name, tuple(sorted(group))) for name, group in groups.items()]
 
 
 def _files(path: Path) -> list[str]:
@@ -98,7 +98,7 @@ def _files(path: Path) -> list[str]:
     return [str(path)]
 
 
-def preprocess(found: Found, network: Frozen, labels: str | Path | None = None, dataset_json: dict | None = None) -> Image:
+def preprocess(found: FoundImage, network: Frozen, labels: str | Path | None = None, dataset_json: dict | None = None) -> Image:
     """Read and preprocess an image as the network's plans say; ``labels``: a file of the same shape, resampled with it.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.files import read_object
 from nnunetv2_cva.seeing.frozen import Frozen
-from nnunetv2_cva.seeing.images import Found, Image, find_images, preprocess
+from nnunetv2_cva.seeing.images import FoundImage, Image, find_images, preprocess
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Labelled:
     """The labelled cases of a dataset, not read yet. ``labels``: names and values, without background and what is ignored."""
 
     name: str
-    cases: tuple[tuple[Found, Path], ...]
+    cases: tuple[tuple[FoundImage, Path], ...]
     labels: dict[str, int]
     dataset_json: dict[str, Any]
 

@@ -11,12 +11,11 @@ from nnunetv2_cva.seeing.describe import by_intensity, by_position
 from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
 from nnunetv2_cva.seeing.images import Image, find_images, preprocess
 from nnunetv2_cva.seeing.labelled import labelled_cases
-from nnunetv2_cva.seeing.look import Look as Shown
-from nnunetv2_cva.seeing.look import look, picture
+from nnunetv2_cva.seeing.look import Look, look, picture
 from nnunetv2_cva.seeing.look_page import write_look
 from nnunetv2_cva.seeing.matches import errors_mm
 from nnunetv2_cva.seeing.propagation import mean_and_interval, means, one_shot
-from nnunetv2_cva.seeing.requests import Look, Progress, counting, device_of
+from nnunetv2_cva.seeing.requests import LookRequest, Progress, counting, device_of
 
 PICTURE, PAGE = "look.png", "look.html"
 CASES = 4  # of a target that nobody chose from
@@ -24,7 +23,7 @@ POOL = 12  # cases that windows are drawn from
 Table = tuple[str, list[str], list[list[Any]]]
 
 
-def look_at(request: Look, progress: Progress) -> list[str]:
+def look_at(request: LookRequest, progress: Progress) -> list[str]:
     """Write picture and page. Returns what there is to say: with labels the tables, too.
 
     Raises:
@@ -56,7 +55,7 @@ def look_at(request: Look, progress: Progress) -> list[str]:
     return [*said, f"Wrote {output / PICTURE} and {PAGE}, which needs nothing but a browser."]
 
 
-def _networks(request: Look) -> dict[str, Frozen]:
+def _networks(request: LookRequest) -> dict[str, Frozen]:
     """By the names of their rows. All see images as the first one's plans say.
 
     Raises:
@@ -90,7 +89,7 @@ def _points(path: str, image: Image) -> np.ndarray:
     return image.from_file(values + 0.5)
 
 
-def _errors(found: Shown, labels: dict[str, int]) -> Table:
+def _errors(found: Look, labels: dict[str, int]) -> Table:
 
     bins = [d.bins for d in next(iter(found.described.values()))]
     rows: dict[str, Any] = {

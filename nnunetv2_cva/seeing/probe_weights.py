@@ -13,17 +13,17 @@ import torch
 from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeing.dense import dense_maps
 from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
-from nnunetv2_cva.seeing.images import Found, preprocess
+from nnunetv2_cva.seeing.images import FoundImage, preprocess
 from nnunetv2_cva.seeing.labelled import labelled_cases
 from nnunetv2_cva.seeing.probing import probe_images, probe_voxels
 from nnunetv2_cva.seeing.propagation import mean_and_interval
-from nnunetv2_cva.seeing.requests import Probe, Progress, counting, device_of
+from nnunetv2_cva.seeing.requests import ProbeRequest, Progress, counting, device_of
 
 MOST_CASES = 40  # of a dataset that are read
 TABLE, PLOT = "probe.csv", "probe.png"
 
 
-def probe_weights(request: Probe, progress: Progress) -> list[str]:
+def probe_weights(request: ProbeRequest, progress: Progress) -> list[str]:
     """Write table and plot. Returns the table as lines.
 
     Raises:
@@ -44,7 +44,7 @@ def probe_weights(request: Probe, progress: Progress) -> list[str]:
     return said
 
 
-def _networks(request: Probe) -> dict[str, Frozen]:
+def _networks(request: ProbeRequest) -> dict[str, Frozen]:
     """By the names of their files, made longer until they differ; the untrained one first.
 
     Raises:
@@ -76,7 +76,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 Scores = dict[str, dict[str, list[float]]]  # row -> score -> values over seeds or folds
 
 
-def _voxels(request: Probe, networks: dict[str, Frozen], progress: Progress) -> Scores:
+def _voxels(request: ProbeRequest, networks: dict[str, Frozen], progress: Progress) -> Scores:
 
     assert request.dataset is not None
     first = networks["untrained"]
@@ -92,7 +92,7 @@ def _voxels(request: Probe, networks: dict[str, Frozen], progress: Progress) -> 
     return scores
 
 
-def _images(request: Probe, networks: dict[str, Frozen], progress: Progress) -> Scores:
+def _images(request: ProbeRequest, networks: dict[str, Frozen], progress: Progress) -> Scores:
 
     assert request.csv is not None
     paths, labels, subjects = _read(Path(request.csv))
@@ -102,7 +102,7 @@ def _images(request: Probe, networks: dict[str, Frozen], progress: Progress) -> 
     vectors: dict[str, list[Any]] = {"intensity": [], **{name: [] for name in networks}}
     tick = counting(progress, "Embedding", len(paths) * len(networks))
     for path in paths:
-        image = preprocess(Found(Path(path).name, (path,)), first)
+        image = preprocess(FoundImage(Path(path).name, (path,)), first)
         values = image.voxels[0].flatten()
         vectors["intensity"].append(np.percentile(values.numpy(), np.arange(5, 100, 10)))
         for name, network in networks.items():

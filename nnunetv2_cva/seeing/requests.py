@@ -10,7 +10,7 @@ Progress = Callable[[str, int, int], object]  # what is done, how many of it, of
 
 
 @dataclass(frozen=True)
-class Embed:
+class EmbedRequest:
     """``level``, ``taps``, ``format`` and ``overlap``: see ``embedding.Wanted``; ``part`` of ``parts``, counted from 0."""
 
     weights: str
@@ -28,7 +28,7 @@ class Embed:
 
 
 @dataclass(frozen=True)
-class Look:
+class LookRequest:
     """``images``: files, or with ``target``, a labelled dataset, names of its cases; ``points``: a file of them, else ``count``
     are chosen; ``against``: a second file of weights."""
 
@@ -46,7 +46,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeRequest:
     """Of voxels of the labelled ``dataset``, or of the images that ``csv`` names."""
 
     weights: tuple[str, ...]
