@@ -170,7 +170,7 @@ def _augmentation(found: dict[str, Any]) -> Iterator[str]:
 def _training(found: dict[str, Any]) -> Iterator[str]:
     rows = [[name, f"{value:.4g}"] for name, value in found.items() if isinstance(value, float)]
     yield from _table("A pretraining and what it is good for", ["", ""], rows)
-    yield from ("", *("    " + line for line in found.get("comparison", [])))
+    yield from ("", found.get("verdict", ""), "", *("    " + line for line in found.get("comparison", [])))
     epochs = found.get("epochs", [])
     names = [n for n in (epochs[-1] if epochs else {}) if n.endswith("_loss") or n in ("retrieval", "effective_rank", "seconds")]
     shown = epochs[:: max(1, len(epochs) // 10)]

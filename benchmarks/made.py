@@ -14,6 +14,7 @@ from nnunetv2_cva.demo.flow import play
 from nnunetv2_cva.demo.pipeline import Size
 from nnunetv2_cva.demo.workspace import CONFIGURATION, RECORD, Workspace
 from nnunetv2_cva.files import read_object
+from nnunetv2_cva.seeing.verdict import verdict
 
 NAME = "Dataset900_Made"
 
@@ -70,7 +71,7 @@ def epochs(workspace: Workspace) -> list[dict[str, Any]]:
 
 def compare(folder: Path, device: str, size: Size, report: Callable[..., None]) -> None:
     """The demo at another size, on another device: pretraining, and stock fine-tuning from its weights and from scratch at one
-    budget. Reported: its epochs, images per second while something else trains beside it, what was compared and carried.
+    budget. Reported: its epochs and verdict, cases per second while something else trains beside it, what was compared and carried.
 
     Raises:
         RuntimeError: a step failed.
@@ -80,6 +81,7 @@ def compare(folder: Path, device: str, size: Size, report: Callable[..., None]) 
         raise RuntimeError(workspace.log.read_text(errors="replace")[-3000:])
     cases = size.pretraining[1] * workspace.plans()["configurations"][CONFIGURATION]["batch_size"]
     report(**{"cases per second, end to end, last epoch": cases / epochs(workspace)[-1]["seconds"]})
+    report(verdict=str(verdict(epochs(workspace))))
     found = read_object(folder / RECORD)
     report(**{f"labels carried, Dice, {row}": mean for row, (mean, _) in found["carried"].items()})
     report(comparison=[*found["table"].splitlines(), *found["sentences"]])
