@@ -71,7 +71,7 @@ def epochs(workspace: Workspace) -> list[dict[str, Any]]:
 
 def compare(folder: Path, device: str, size: Size, report: Callable[..., None]) -> None:
     """The demo at another size, on another device: pretraining, and stock fine-tuning from its weights and from scratch at one
-    budget. Reported: its epochs and verdict, cases per second while something else trains beside it, what was compared and carried.
+    budget. Reported: its epochs and verdict, cases per second while something trains beside it, what was compared and carried.
 
     Raises:
         RuntimeError: a step failed.
