@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva.datasets.inventory import CASES, REJECTED, read_accepted, read_rejected
+from nnunetv2_cva.sizes import by
 from nnunetv2_cva.views.index import read_index
 
 ROW = "{:28} {:>6} {:>8}  {:40} {:38} {}"
@@ -51,4 +52,4 @@ def _rejected(folder: Path) -> list[str]:
 
 def _range(rows: Any, form: str) -> str:
     values = np.asarray(rows, dtype=float)
-    return ", ".join("x".join(format(n, form) for n in f(values, axis=0)) for f in (np.min, np.median, np.max))
+    return ", ".join(by(float(format(n, form)) for n in f(values, axis=0)) for f in (np.min, np.median, np.max))

@@ -17,6 +17,7 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
 from nnunetv2_cva.datasets.dicom import is_dicom, read_series
 from nnunetv2_cva.datasets.formats import Unusable, check_voxels, one_line, read_header, spacing_beside
+from nnunetv2_cva.sizes import by
 
 MAX_VOXELS = 2 * 10**9
 MAX_AXIS = 8192
@@ -161,7 +162,7 @@ def check_geometry(shape: Sequence[int], spacing: Sequence[float]) -> None:
     shape = tuple(shape)
     while len(shape) > 3 and shape[-1] == 1:  # a trailing axis of one is no fourth dimension
         shape = shape[:-1]
-    listed = "x".join(map(str, shape))
+    listed = by(shape)
     if len(shape) > 3:
         raise Unusable(f"4D: shape {listed}")
     if len(shape) < 3 or min(shape) < MIN_AXIS:
@@ -169,5 +170,4 @@ def check_geometry(shape: Sequence[int], spacing: Sequence[float]) -> None:
     if math.prod(shape) > MAX_VOXELS or max(shape) > MAX_AXIS:
         raise Unusable(f"absurd size: shape {listed}, at most {MAX_AXIS} per axis and {MAX_VOXELS:.0e} voxels expected")
     if not all(SPACING_MM[0] <= abs(s) <= SPACING_MM[1] for s in spacing):  # also false for NaN
-        listed = "x".join(f"{s:g}" for s in spacing)
-        raise Unusable(f"absurd spacing: {listed} mm, {SPACING_MM[0]:g} to {SPACING_MM[1]:g} expected")
+        raise Unusable(f"absurd spacing: {by(spacing)} mm, {SPACING_MM[0]:g} to {SPACING_MM[1]:g} expected")

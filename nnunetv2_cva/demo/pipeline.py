@@ -189,4 +189,5 @@ def frozen(workspace: Workspace, device: str) -> dict[str, Any]:
 
 
 def image_file(workspace: Workspace, case: str) -> Path:
+    """The raw image of a case."""
     return workspace.raw / DATASET / "imagesTr" / f"{case}_0000.nii.gz"

@@ -22,7 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
-from nnunetv2_cva.files import write_json
+from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
@@ -277,7 +277,8 @@ class CVATrainer(LastingRun):
         write_json(join(self.output_folder, "cva_config.json"), self.config.as_dict())
         fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
         if isfile(fingerprint):
-            shutil.copyfile(fingerprint, join(self.output_folder_base, "dataset_fingerprint.json"))
+            with written_whole(join(self.output_folder_base, "dataset_fingerprint.json")) as partial:
+                shutil.copyfile(fingerprint, partial)
         note_watched(Path(self.output_folder), self.preprocessed_dataset_folder, self.data.watched)
         self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
 

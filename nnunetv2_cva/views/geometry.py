@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.sizes import by
 
 Triple = tuple[int, int, int]
 
@@ -241,7 +242,7 @@ def check_feasible(found: Feasibility, size: Sequence[int], config: CVAConfig) -
     if config.needs_second_view and 2 * found.identical > found.cases:
         raise ValueError(
             f"{found.identical} of {found.cases} cases are too small for two different views of "
-            f"{'x'.join(map(str, size))} voxels (patch_size of the plans): both views would show the same. {remedy}"
+            f"{by(size)} voxels (patch_size of the plans): both views would show the same. {remedy}"
         )
     if config.needs_second_view and 2 * found.fits < found.cases:
         return (
