@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print tables of the results")
     parser.add_argument("--item", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if not args.item:  # an item's processes are ended by the kernel: a handler that they inherit can leave a pool of them waiting
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.table:
             print("\n".join(tables(read_json(args.out / RESULTS))))
