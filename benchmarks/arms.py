@@ -14,23 +14,25 @@ MAE = {**ADAMW, "consistency_weight": 0.0, "contrastive_weight": 0.0}
 DEMO: dict[str, Any] = {"cases": 2, "images": 40, "view": (32, 40, 32)}
 SCRATCH = "scratch"
 RECIPES = {
-    "sgd": Recipe(),  # the default recipe as it is: blocks of 16, SGD 1e-2
+    "sgd": Recipe({"mask_block": 16}),  # the default of version 0.1: blocks of 16, SGD 1e-2
+    "paper": Recipe(),  # nnUNetTrainerCVA_Paper: the same with the block that follows the view, here 8
     "adamw": Recipe(ADAMW),
     "independent": Recipe(INDEPENDENT),
     "mae": Recipe(MAE),
     "ccva": Recipe({**INDEPENDENT, "consistency": "nt_xent", "consistency_weight": 0.2, "contrastive_weight": 0.0}),
     "misaligned": Recipe(ADAMW, misaligned=True),
+    "cva alone": Recipe({**INDEPENDENT, "reconstruction_weight": 0.0, "contrastive_weight": 0.0}),
+    "mae+cva": Recipe({**INDEPENDENT, "contrastive_weight": 0.0}),
     # one factor each
-    "sgd block 8": Recipe({"mask_block": 8}),
     "adamw block 16": Recipe({**ADAMW, "mask_block": 16}),
     "adamw no contrast": Recipe({**ADAMW, "contrastive_weight": 0.0}),
-    "independent no contrast": Recipe({**INDEPENDENT, "contrastive_weight": 0.0}),
-    "adamw 3e-3": Recipe({**ADAMW, "learning_rate": 3e-3}),
-    "adamw 3e-4": Recipe({**ADAMW, "learning_rate": 3e-4}),
-    "sgd 1e-3": Recipe({"mask_block": 8, "learning_rate": 1e-3}),
+    "independent 3e-3": Recipe({**INDEPENDENT, "learning_rate": 3e-3}),
+    "independent 3e-4": Recipe({**INDEPENDENT, "learning_rate": 3e-4}),
+    "sgd 1e-3": Recipe({"learning_rate": 1e-3}),
     "adamw 400": Recipe(ADAMW, iterations=400),
     "adamw 2400": Recipe(ADAMW, iterations=2400),
     "mae 2400": Recipe(MAE, iterations=2400),
+    "independent 2400": Recipe(INDEPENDENT, iterations=2400),
     "adamw 40 images": Recipe(ADAMW, images=40),
     "adamw 2 cases": Recipe(ADAMW, cases=2),
     # the demo's: 40 images, 2 cases a step, views of 32x40x32
@@ -57,8 +59,10 @@ class Experiment:
     against: str | None = None  # the recipe that the others are compared with; None: scratch
 
 
+LABELS = (SCRATCH, "independent", "mae", "adamw", "misaligned", "paper")
 MAIN = (SCRATCH, "sgd", "adamw", "independent", "mae")
 STOCK = Protocol(iterations=800, deep_supervision=True)
+LONG = Protocol(iterations=2500, deep_supervision=True)
 QUICK = Protocol(iterations=200, rate=1e-3, optimizer="adamw")
 EXPERIMENTS = {
     "first": Experiment(
@@ -66,13 +70,31 @@ EXPERIMENTS = {
         MAIN,
         labels=(4,),
     ),
-    "one label": Experiment("As with four labels: in so few iterations they hardly matter.", MAIN, labels=(1,)),
+    "labels": Experiment(
+        "The default gains in area most at 1 label and nothing at 16, and is behind at the end nowhere by more than 0.03; MAE "
+        "within 0.05 of it; misaligned as good as exact shared views; the paper's recipe behind scratch at all.",
+        LABELS,
+        labels=(1, 4, 16),
+        protocol=QUICK,
+    ),
+    "labels, stock": Experiment(
+        "All leave the empty segmentation sooner than scratch, at any number of labels; default first, then MAE, the paper last.",
+        LABELS,
+        labels=(1, 4, 16),
+    ),
     "stock": Experiment(
-        "With more iterations and deep supervision all gain less; SGD behind, independent still above scratch.",
-        (SCRATCH, "sgd", "independent"),
-        splits=(0, 1),
+        "With more iterations and deep supervision all gain less; the default still above scratch.",
+        (SCRATCH, "independent", "mae"),
+        splits=(0, 1, 2),
         labels=(4,),
         protocol=STOCK,
+    ),
+    "stock, 2500": Experiment(
+        "No difference at the end that could be seen; area still ahead.",
+        (SCRATCH, "independent"),
+        splits=(0, 1),
+        labels=(4,),
+        protocol=LONG,
     ),
     "quick": Experiment("Fine-tuned with AdamW: less scatter, the same order as with SGD.", MAIN, labels=(4,), protocol=QUICK),
     "encoder": Experiment(
@@ -89,19 +111,26 @@ EXPERIMENTS = {
         labels=(4,),
         protocol=Protocol(part="encoder"),
     ),
-    "quick, one label": Experiment("As with four labels, lower.", MAIN, labels=(1,), protocol=QUICK),
-    "misaligned": Experiment(
-        "As good as exact shared views, since bins of a case hardly differ in either.",
-        (SCRATCH, "adamw", "misaligned"),
+    "objectives": Experiment(
+        "C-CVA as the default; without the contrastive loss no worse; CVA alone behind both.",
+        (SCRATCH, "independent", "ccva", "mae+cva", "cva alone"),
+        labels=(4,),
+        protocol=QUICK,
+    ),
+    "objectives, stock": Experiment("The same order.", (SCRATCH, "independent", "ccva", "mae+cva", "cva alone"), labels=(4,)),
+    "second data": Experiment(
+        "With five structures of other anatomy: area ahead, the end not; MAE alike.",
+        (SCRATCH, "demo independent", "demo mae"),
+        labels=(1, 4),
+        protocol=QUICK,
+        data="made up",
+    ),
+    "rates": Experiment(
+        "3e-4 gains less, 3e-3 as much as 1e-3 or is worse by its decoder.",
+        (SCRATCH, "independent", "independent 3e-4", "independent 3e-3"),
         seeds=(0,),
         labels=(4,),
         protocol=QUICK,
-        against="adamw",
-    ),
-    "objectives": Experiment(
-        "C-CVA near the independent views; misaligned as good as exact shared views, since both learn places.",
-        (SCRATCH, "adamw", "independent", "ccva", "misaligned", "mae"),
-        labels=(4,),
     ),
     "demo": Experiment(
         "Pretrained is behind with deep supervision and ahead without; blocks of 16 and three times the length help.",
@@ -134,15 +163,15 @@ EXPERIMENTS = {
         data="made up",
     ),
     "long": Experiment(
-        "Three times the pretraining gains clearly, at last also when fine-tuned with AdamW.",
-        (SCRATCH, "adamw", "adamw 2400", "mae", "mae 2400"),
-        seeds=(0,),
+        "Three times the pretraining gains clearly, at last also at the end.",
+        (SCRATCH, "independent", "independent 2400", "mae", "mae 2400"),
+        seeds=(0, 1),
         labels=(4,),
         protocol=QUICK,
     ),
     "factors": Experiment(
         "Half of the iterations cost half of the gain; 40 images, 2 cases a step and blocks of 16 cost little.",
-        (SCRATCH, "adamw", "adamw 400", "adamw 40 images", "adamw 2 cases", "adamw block 16", "sgd block 8", "adamw no contrast"),
+        (SCRATCH, "adamw", "adamw 400", "adamw 40 images", "adamw 2 cases", "adamw block 16", "adamw no contrast"),
         seeds=(0,),
         labels=(4,),
     ),

@@ -17,12 +17,12 @@ from dataclasses import replace
 
 import torch
 from light import CPU, Recipe, autocast, network, swapped
-from nnunetv2_cva.training.monitor import pair_metrics, standardised
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.training.metrics import pair_metrics, standardised
 from nnunetv2_cva.training.objective import Prepared, by_view, objective, prepare
 from nnunetv2_cva.views.loader import Cases, PairDataset
 
