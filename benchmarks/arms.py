@@ -79,9 +79,10 @@ EXPERIMENTS = {
     ),
     "labels, stock": Experiment(
         "All leave the empty segmentation sooner than scratch, at any number of labels; default first, then MAE, the paper last.",
-        LABELS,
+        (SCRATCH, "independent", "mae", "paper"),
         labels=(1, 4, 16),
     ),
+    "misaligned, stock": Experiment("As good as exact shared views.", (SCRATCH, "adamw", "misaligned"), labels=(4,)),
     "stock": Experiment(
         "With more iterations and deep supervision all gain less; the default still above scratch.",
         (SCRATCH, "independent", "mae"),

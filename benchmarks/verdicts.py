@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
     weights = Path(trainer.output_folder) / "checkpoint_final.pth"
     if weights.is_file():
         weights.rename(keep / f"{name or 'default'}_{seed}.pth".replace(" ", "_").replace(",", ""))
+    shutil.rmtree(trainer.output_folder)  # the next one of this class would be refused there
     drop = ("seconds", "data_wait")
     return [{k: _short(v) for k, v in e.items() if k not in drop} for e in trainer.history.epochs]
 
