@@ -26,6 +26,8 @@ ALONE = {"reconstruction_weight": 0.0, "contrastive_weight": 0.0, "mask_ratio": 
 COLLAPSING = {
     "no stop-gradient": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
     "no stop-gradient, constant images": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
+    "mask 0, constant images": {"mask_ratio": 0.0},
+    "contrast alone, constant images": {**ALONE, "consistency_weight": 0.0, "contrastive_weight": 1.0},
     "huge learning rate": {"learning_rate": 0.3},
     "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
 }
