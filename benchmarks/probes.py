@@ -5,8 +5,8 @@
 Per seed: the small ResEnc U-Net of evidence.py (8, 16, 32, 64 channels, one block per stage, views of 24x32x24), untrained, after
 800 iterations of 4 cases of nnUNetTrainerCVA_MAE and after as many of nnUNetTrainerCVA, all with the recipes' own settings but
 narrower heads and bf16. The probe is `nnUNetv2_cva probe`'s, on 40 cases that no pretraining saw: 4 labelled, 36 scored, the same
-5 draws of cases and windows for every row. Folders of the trainings stay as WORK/<row>_<seed>__..., scores go to WORK/probes.jsonl,
-a line for each draw; the table, to standard output. What is done is not done again.
+5 draws of cases and windows for every row. The trainings stay in WORK/<row>_<seed>__..., scores go to WORK/probes.jsonl, a line
+for each draw, the table to standard output. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def probe(files: dict[str, Path], held_out: list[str]) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Means over pretraining seeds, each the mean over the draws, with their 95 % interval; position and intensity have no seed."""
+    """Means over pretraining seeds, each the mean over the draws, and their 95 % interval. Position and intensity have no seed:
+    theirs is that of the draws."""
     from nnunetv2_cva.seeing.propagation import mean_and_interval
 
     def of(row: str, by: str) -> np.ndarray:
