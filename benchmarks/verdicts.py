@@ -28,6 +28,8 @@ COLLAPSING = {
     "no stop-gradient, constant images": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
     "mask 0, constant images": {"mask_ratio": 0.0},
     "huge learning rate": {"learning_rate": 0.3},
+    "huge learning rate, MAE": {"learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 0.0},
+    "huge learning rate, Cont": {**ALONE, "learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 1.0},
     "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
 }
 ORDER = (*COLLAPSING, *HEALTHY)
