@@ -76,7 +76,7 @@ def _shows_nothing(now: Mapping[str, Any]) -> Verdict | None:
     left = now.get("reconstruction_null")
     if left is None or left >= NOTHING:
         return None
-    words = f"the mean of a view is all that it shows (predicting it leaves a loss of {left:.2g}, at least {NOTHING:g} is expected)"
+    words = f"the mean of a view is all that it shows (predicting it leaves a loss of {left:.2g}; expected: at least {NOTHING:g})"
     return Verdict("COLLAPSING", f"{words}. Look at views.png, and at the images and their normalisation.")
 
 
@@ -146,9 +146,10 @@ def _last_move(epochs: Sequence[Mapping[str, Any]], name: str, sign: int) -> tup
         return None
     steps = np.diff(values)
     noise = float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
-    if noise < 1e-9:  # most steps alike: a count that seldom changes, and each change is one of its smallest steps
+    least = max(1e-4 * float(np.abs(values).max()), 1e-9)
+    if noise < least:  # most steps alike: a count that seldom changes
         noise = float(np.std(steps) / np.sqrt(2))
-    noise = max(noise, 1e-4 * float(np.abs(values).max()), 1e-9)
+    noise = max(noise, least)
     lasting = np.minimum(values[:-1], values[1:])  # of two epochs in a row
     anchor, at = float(max(values[0], np.median(values[:3]))), None
     for n, value in enumerate(lasting, 1):
