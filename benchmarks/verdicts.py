@@ -131,7 +131,7 @@ def recorded(runs: list[dict[str, Any]]) -> str:
     reads |= {"teacher_distance", "reconstruction_null", *MOVES}
     lines = []
     for r in runs:
-        metrics = {k: [float(f"{e[k]:.4g}") for e in r["epochs"]] for k in r["epochs"][0] if k in reads}
+        metrics = {k: [float(f"{e[k]:.6g}") for e in r["epochs"]] for k in r["epochs"][0] if k in reads}
         short = {k: v[0] if len(set(v)) == 1 else v for k, v in metrics.items()}
         line = {"run": r["run"] or "default", "seed": r["seed"], "epochs": len(r["epochs"]), "metrics": short}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
