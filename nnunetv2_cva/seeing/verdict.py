@@ -76,7 +76,8 @@ def _shows_nothing(now: Mapping[str, Any]) -> Verdict | None:
     left = now.get("reconstruction_null")
     if left is None or left >= NOTHING:
         return None
-    words = f"the mean of a view is all that it shows (predicting it leaves a loss of {left:.2g}, at least {NOTHING:g} is expected)"
+    expected = f"predicting it leaves a loss of {left:.2g}, at least {NOTHING:g} is expected"
+    words = f"the mean of a view is all that it shows ({expected})"
     return Verdict("COLLAPSING", f"{words}. Look at views.png, and at the images and their normalisation.")
 
 

@@ -44,6 +44,7 @@ from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.training.stopping import Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
+from nnunetv2_cva.transfer.target import Target
 
 
 class CVATrainer(LastingRun):
@@ -208,7 +209,8 @@ class CVATrainer(LastingRun):
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            start = start_from(self.config.init_from, self.network, self.view_size)
+            here = Target(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
+            start = start_from(self.config.init_from, self.network, here)
             self._started_from = start.inherited
             for line in start.lines:
                 self.print_to_log_file(line)
