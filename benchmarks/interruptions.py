@@ -65,7 +65,9 @@ def ended(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     records = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text().splitlines()]
     left = sorted(p.name for p in final.parent.iterdir() if p.suffix in (".partial", ".lock"))
     assert not left, left
-    return torch.load(final, weights_only=True), [{k: v for k, v in r.items() if k not in ("seconds", "data_wait")} for r in records]
+    return torch.load(final, weights_only=True), [
+        {k: v for k, v in r.items() if k not in ("seconds", "data_wait")} for r in records
+    ]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -109,7 +111,9 @@ def main() -> None:
                     print(f"{sent.total()}: {way}, code {code}", file=sys.stderr, flush=True)
                 else:
                     assert code == 0, log.read_text()
-            assert start(log).wait() == 0, log.read_text()  # a signal after the last step may have ended what comes after training
+            assert start(log).wait() == 0, (
+                log.read_text()
+            )  # a signal after the last step may have ended what comes after training
             found, runs = ended(results), runs + 1
             assert not (wrong := differences(alone, found)), wrong
             results.rename(args.folder / f"run_{runs}")

@@ -107,7 +107,9 @@ def tiles(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
             axes.axis("off")
             if tile.roi is not None:
                 _frame(axes, tile.roi, tile.plane.shape)
-    figure.legend(handles=_legend([tile for _, row in rows for tile in row]), loc="lower left", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        handles=_legend([tile for _, row in rows for tile in row]), loc="lower left", ncols=4, fontsize=8, frameon=False
+    )
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=100, format="png")
 
