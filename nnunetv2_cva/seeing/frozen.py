@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cva.model.taps import Tap
-from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.card import NO_RESAMPLING, entry
 from nnunetv2_cva.transfer.network import Loaded, load_network, untrained_network
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -24,6 +24,14 @@ USUAL = {
     "resampling_fn_seg": "resample_data_or_seg_to_shape",
     "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
     "architecture": {},  # preprocessing asks for none, but without the word nnU-Net takes plans for its old ones and fails
+}
+# Images that stay at their own spacing: the one that is stated is used for nothing.
+LEFT: dict[str, Any] = {
+    "spacing": [1.0, 1.0, 1.0],
+    "resampling_fn_data": NO_RESAMPLING,
+    "resampling_fn_data_kwargs": {},
+    "resampling_fn_seg": NO_RESAMPLING,
+    "resampling_fn_seg_kwargs": {},
 }
 
 
@@ -102,4 +110,6 @@ def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:
         "resampling_fn_seg": found.get("resampling_fn_mask"),
         "resampling_fn_seg_kwargs": found.get("resampling_fn_mask_kwargs"),
     }
+    if found and found.get("spacing", ()) is None:  # nnssl's way to say it
+        found = {**found, **LEFT}
     return {**USUAL, **whole, **{k: v for k, v in masks.items() if v}, **found} if found else {}

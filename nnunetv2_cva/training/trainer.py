@@ -44,6 +44,7 @@ from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.training.stopping import Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
+from nnunetv2_cva.transfer.target import Target
 
 
 class CVATrainer(LastingRun):
@@ -208,7 +209,8 @@ class CVATrainer(LastingRun):
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            start = start_from(self.config.init_from, self.network, self.view_size)
+            here = Target(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
+            start = start_from(self.config.init_from, self.network, here)
             self._started_from = start.inherited
             for line in start.lines:
                 self.print_to_log_file(line)
@@ -321,7 +323,7 @@ class CVATrainer(LastingRun):
         self._progress.outputs.append(output)
         last = len(self._progress.outputs) == self.config.iterations_per_epoch
         if last and self.local_rank == 0 and self._views.due(self.current_epoch):
-            self._views.keep(ready, 2 if self.config.needs_second_view else 1)
+            self._views.keep(ready, batch["keys"], batch["overlap"])
         self._stop_if_told()
         return output
 
@@ -401,7 +403,7 @@ class CVATrainer(LastingRun):
             self.print_to_log_file(f"  {verdict(self.history.epochs)}")
             try:
                 self.history.write()
-                self.history.plot()
+                self.history.plot(self.config)
                 self._views.draw(self.student, self.autocast)
             except OSError as e:  # a picture is not worth a run
                 self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
