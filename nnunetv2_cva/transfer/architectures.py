@@ -85,7 +85,7 @@ def primus_arguments(weights: Mapping[str, Tensor], stated: Mapping[str, Any] | 
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ValueError(
             f"A Primus of {width} channels: expected a multiple of {' or '.join(map(str, HEAD_WIDTHS))}, or a number of heads "
-            "that divides them as eva_numheads in arch_kwargs of the adaptation plan (a file adaptation_plan.json beside safetensors)."
+            "that divides them as eva_numheads in arch_kwargs of the adaptation plan (beside safetensors: adaptation_plan.json)."
         )
     return {
         "embed_dim": width,
