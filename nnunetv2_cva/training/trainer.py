@@ -22,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
@@ -70,6 +71,8 @@ class CVATrainer(LastingRun):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(NO_GPU)
         self._constructed = monotonic()
         self._asked_to_continue = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -185,6 +188,7 @@ class CVATrainer(LastingRun):
         its = self.config.iterations_per_epoch
         self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
         first = self.current_epoch * its + len(self._progress.outputs)
+        self._pace = messages.Pace(its, self.num_epochs * its - first, self.print_to_log_file)
         self._views = Views(self.output_folder, self.num_epochs)
         self._bar = RunBar(self.num_epochs * its, first, self.local_rank == 0)
         self._board = Board(self.output_folder, self.local_rank == 0)
@@ -297,7 +301,7 @@ class CVATrainer(LastingRun):
         if not self._progress.outputs:
             self._progress = Progress()
         self._stop_if_told()
-        self._pace = messages.Pace(self.config.iterations_per_epoch, self.print_to_log_file)
+        self._pace.begin(len(self._progress.outputs))
 
     def on_train_epoch_start(self) -> None:
         self.num_iterations_per_epoch = self.config.iterations_per_epoch - len(self._progress.outputs)  # after a stop: the rest
