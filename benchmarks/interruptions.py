@@ -2,9 +2,9 @@
 
     python benchmarks/interruptions.py --folder /tmp/interrupted [--count 48] [--seed 0]
 
-A tiny training, started again with --c after every interruption: SIGKILL (half of them), SIGTERM, SIGUSR1, SIGHUP, a fifth of them
-while the program starts. When a run has reached its end it is compared with the one left alone, network, teacher, heads, optimizer
-and metrics, and the next one begins, until there were enough interruptions. POSIX only.
+A tiny training, started again with --c after every interruption: SIGKILL (half of them), SIGTERM, SIGUSR1, SIGHUP; one in five
+comes while the program starts. When a run has reached its end it is compared with the one left alone, network, teacher, heads,
+optimizer and metrics, and the next one begins, until there were enough interruptions. POSIX only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start(log: Path) -> subprocess.Popen[bytes]:
 
 
 def interrupt(log: Path, draw: random.Random, starting: float) -> tuple[str, int]:
-    """Start, and send one signal at a random moment. Returns what was sent, empty where the run had ended before, and the code."""
+    """Start, and send one signal at a random moment. Returns what was sent, empty where the run ended before, and the code."""
     process, way = start(log), draw.choice(WAYS)
     if draw.random() < 0.2:
         moment = draw.uniform(0, starting)
@@ -65,7 +65,9 @@ def ended(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     records = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text().splitlines()]
     left = sorted(p.name for p in final.parent.iterdir() if p.suffix in (".partial", ".lock"))
     assert not left, left
-    return torch.load(final, weights_only=True), [{k: v for k, v in r.items() if k not in ("seconds", "data_wait")} for r in records]
+    return torch.load(final, weights_only=True), [
+        {k: v for k, v in r.items() if k not in ("seconds", "data_wait")} for r in records
+    ]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -109,7 +111,9 @@ def main() -> None:
                     print(f"{sent.total()}: {way}, code {code}", file=sys.stderr, flush=True)
                 else:
                     assert code == 0, log.read_text()
-            assert start(log).wait() == 0, log.read_text()  # a signal after the last step may have ended what comes after training
+            assert start(log).wait() == 0, (
+                log.read_text()
+            )  # a signal after the last step may have ended what comes after training
             found, runs = ended(results), runs + 1
             assert not (wrong := differences(alone, found)), wrong
             results.rename(args.folder / f"run_{runs}")

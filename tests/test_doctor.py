@@ -157,7 +157,9 @@ def test_nnunet_not_installed(monkeypatch):
     ],
 )
 def test_what_is_not_supported_is_said_by_the_doctor_and_on_import(name, version, reason, monkeypatch):
-    requirements = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8").partition("dependencies = [")[2].partition("]")[0]
+    requirements = (
+        (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8").partition("dependencies = [")[2].partition("]")[0]
+    )
     asked = re.findall(r'^    "(.+?)"', requirements, flags=re.MULTILINE)
     ordinary = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "requires", lambda package: asked)
