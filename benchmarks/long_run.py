@@ -80,7 +80,8 @@ def main() -> None:
         last = rows[part[-1]][1]
         print(
             f"steps {steps[0]:5d} to {steps[-1]:5d}: main {last['main']:.0f} MB ({slopes['main']:+.1f} MB per 1000 steps), "
-            f"loaders {last['loaders']:.0f} MB ({slopes['loaders']:+.1f}), {last['descriptors']:.0f} descriptors, {last['shared']:.1f} MB shared"
+            f"loaders {last['loaders']:.0f} MB ({slopes['loaders']:+.1f}), {last['descriptors']:.0f} descriptors, "
+            f"{last['shared']:.1f} MB shared"
         )
 
 
