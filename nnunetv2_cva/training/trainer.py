@@ -22,11 +22,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
-<<<<<<< HEAD
 from nnunetv2_cva.datasets.next_steps import NO_GPU
-=======
 from nnunetv2_cva.failures import TrainingFailed
->>>>>>> days
 from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
