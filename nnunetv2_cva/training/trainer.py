@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets.next_steps import NO_GPU
+from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
@@ -45,6 +46,7 @@ from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.training.stopping import Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
+from nnunetv2_cva.transfer.target import Target
 
 
 class CVATrainer(LastingRun):
@@ -58,9 +60,6 @@ class CVATrainer(LastingRun):
     backbone_trainer: type[nnUNetTrainer] = nnUNetTrainer
     objective: Objective = staticmethod(objective)
     backbone: Callable[[nn.Module, CVAConfig], Backbone] = staticmethod(make_backbone)
-    current_epoch: int
-    was_initialized: bool
-    data: TrainingData
 
     def __init__(
         self,
@@ -70,10 +69,9 @@ class CVATrainer(LastingRun):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
+        self._begin(plans)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(NO_GPU)
-        self._constructed = monotonic()
-        self._asked_to_continue = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
             self.device = local_device(device)
@@ -212,7 +210,8 @@ class CVATrainer(LastingRun):
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            start = start_from(self.config.init_from, self.network, self.view_size)
+            here = Target(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
+            start = start_from(self.config.init_from, self.network, here)
             self._started_from = start.inherited
             for line in start.lines:
                 self.print_to_log_file(line)
@@ -317,7 +316,7 @@ class CVATrainer(LastingRun):
         try:
             losses = self._step(ready)
         except torch.cuda.OutOfMemoryError as e:
-            raise RuntimeError(messages.out_of_memory(e, self.config)) from e
+            raise TrainingFailed(messages.out_of_memory(e, self.config)) from e
         self._pace.tick()
         self._bar.tick()
         share = self.data.share  # the mean over processes is that over cases, though they have different numbers of them
@@ -351,7 +350,7 @@ class CVATrainer(LastingRun):
         finite = math.isfinite(means["total"])
         if not (finite and all_finite(self.student)):  # the last step of an epoch may spoil the weights without showing in a loss
             what = "weights are not finite after" if finite else f"loss became {means['total']} in"
-            raise RuntimeError(
+            raise TrainingFailed(
                 f"The {what} epoch {self.current_epoch}. The last checkpoint is untouched: "
                 "continue from it with --c and precision fp32, or start again with a lower learning_rate."
             )
