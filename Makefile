@@ -39,8 +39,8 @@ test-newest:
 .PHONY: resolved
 resolved: $(STAMP)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$(WHICH)
-	$(BIN)/uv pip install --python .venv-$(WHICH)/bin/python --resolution $(RESOLUTION) -e ".[dev]"
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python .venv-$(WHICH)
+	$(BIN)/uv pip install --python .venv-$(WHICH)/bin/python --compile-bytecode --resolution $(RESOLUTION) -e ".[dev]"
 	OMP_NUM_THREADS=1 .venv-$(WHICH)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP)

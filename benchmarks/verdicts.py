@@ -26,7 +26,10 @@ ALONE = {"reconstruction_weight": 0.0, "contrastive_weight": 0.0, "mask_ratio": 
 COLLAPSING = {
     "no stop-gradient": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
     "no stop-gradient, constant images": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
+    "mask 0, constant images": {"mask_ratio": 0.0},
     "huge learning rate": {"learning_rate": 0.3},
+    "huge learning rate, MAE": {"learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 0.0},
+    "huge learning rate, Cont": {**ALONE, "learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 1.0},
     "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
 }
 ORDER = (*COLLAPSING, *HEALTHY)
@@ -40,13 +43,21 @@ def trainer_class(name: str) -> type:
         wanted = "_".join(part for part in ("nnUNetTrainerCVA", name) if part)
         return next(getattr(m, wanted) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, wanted))
 
+    def shown(batch: dict) -> dict:
+        if name.endswith("constant images"):
+            batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
+        return batch
+
     class Collapsing(nnUNetTrainerCVA.nnUNetTrainerCVA):
         """Made to."""
 
         def train_step(self, batch: dict) -> dict:
-            if name.endswith("constant images"):
-                batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
-            return super().train_step(batch)
+            return super().train_step(shown(batch))
+
+        def watch(self) -> dict:
+            if name.startswith("mask 0"):
+                self.watched_batches = [shown(batch) for batch in self.watched_batches]
+            return super().watch()
 
         def objective(self, student, teacher, batch, config, cases=None):
             if not name.startswith("no stop-gradient"):

@@ -162,4 +162,5 @@ def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe:
     block = TOKEN if recipe.is_primus else (config.block_edge(size),) * 3
     ready = prepare(batch, config, block, torch.device("cpu"), config.seed, number)
     title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][0]):.2f}"
-    return ShownPair(title, ready.views[:, 0].numpy(), ready.visible[:, 0].numpy(), ready.rois.numpy())
+    hidden = None if ready.hidden is None else ready.hidden[:, 0].numpy()
+    return ShownPair(title, ready.views[:, 0].numpy(), ready.inside[:, 0].numpy(), hidden, ready.rois.numpy())

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from argparse import Namespace
 from collections import namedtuple
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_cva.commands import doctor as command
-from nnunetv2_cva.installation import doctor, hook
+from nnunetv2_cva.installation import doctor, hook, versions
 
 FACTS = {"torch": "2.8.0", "built_for": None, "cuda": False, "mps": False, "triton": False, "torchvision": "0.23.0"}
 HEALTHY = {**FACTS, "agree": True, "timm": "1.0.22"}
@@ -127,23 +128,55 @@ def test_explanations_quote_nnunet(capsys):
     [("2.8.0", True), ("2.8.12.post1", True), ("2.9.0", False), ("2.7.3", False), ("3.0", False), ("2.10", False)],
 )
 def test_version(version, good, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    ordinary = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "nnunetv2" else ordinary(name))
     (line,) = lines(doctor.check_version())
-    fix = f'FIX nnunetv2: {version} -> pip install "nnunetv2>=2.8,<2.9"'
+    fix = f'FIX nnunetv2: {version}, expected <2.9,>=2.8 -> pip install "nnunetv2<2.9,>=2.8"'
     assert line == (f"OK  nnunetv2: {version}" if good else fix)
 
 
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 def test_nnunet_not_installed(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert "not installed in this Python" in fixes(doctor.check_version())
+    ordinary = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: missing(n) if n == "nnunetv2" else ordinary(n))
+    assert "nnunetv2: not installed in this Python" in fixes(doctor.check_version())
 
 
-def test_versions_in_the_doctor_are_the_projects():
-    (low, high), project = doctor.SUPPORTED, (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
-    assert f'"nnunetv2>={low[0]}.{low[1]},<{high[0]}.{high[1]}"' in project
+@pytest.mark.parametrize(
+    ("name", "version", "reason"),
+    [
+        ("torch", "2.9.1+cu128", "2.9.1+cu128, expected !=2.9.*,>=2.6 (convolutions of torch 2.9 are slow"),
+        ("torch", "2.5.1", "2.5.1, expected"),
+        ("timm", "1.0.31", "1.0.31, expected <1.0.23,>=1.0.15 (from timm 1.0.23 on"),
+        ("numpy", "1.24.0", "1.24.0, expected >=1.26 ->"),
+        ("batchgenerators", "0.24", "0.24, expected >=0.25.1 ->"),
+        ("dynamic-network-architectures", "0.5.0", "0.5.0, expected <0.5,>=0.4.4 ->"),
+    ],
+)
+def test_what_is_not_supported_is_said_by_the_doctor_and_on_import(name, version, reason, monkeypatch):
+    requirements = (
+        (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8").partition("dependencies = [")[2].partition("]")[0]
+    )
+    asked = re.findall(r'^    "(.+?)"', requirements, flags=re.MULTILINE)
+    ordinary = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: asked)
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: version if n == name else ordinary(n))
+    assert f"FIX {name}: {reason}" in fixes(doctor.check_version())
+    monkeypatch.delitem(sys.modules, "nnunetv2_cva.training", raising=False)
+    with pytest.raises(ImportError, match=rf'{name} {re.escape(version)} \(expected .*To mend it: pip install "{name}'):
+        importlib.import_module("nnunetv2_cva.training")
+
+
+def test_versions_of_the_future_and_of_a_build_are_taken(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: ["torch>=2.6,!=2.9.*", 'pytest>=99; extra == "dev"'])
+    for version in ("2.6.0+cu124", "2.12.0.dev20260101", "3.0"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, v=version: v)
+        assert list(versions.unsupported()) == []
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert list(versions.unsupported()) == []
 
 
 def test_a_torchvision_that_does_not_fit_is_found_by_importing_it(tmp_path, monkeypatch):
@@ -161,7 +194,6 @@ def test_a_torchvision_that_does_not_fit_is_found_by_importing_it(tmp_path, monk
         ({"error": "ImportError: libcudnn.so.9"}, r"FIX torch: does not import \(ImportError: libcudnn.so.9\)"),
         ({**FACTS, "error": "OSError: x\ny"}, r"FIX torchvision: does not fit \(torch 2.8.0, torchv.*; OSError: x y\)"),
         ({**FACTS, "agree": True, "error": "ImportError: z"}, r"FIX timm: does not import .*ImportError: z.*timm<1.0"),
-        ({**HEALTHY, "torch": "2.9.1+cu128"}, r"FIX torch: 2.9.1\+cu128, which nnU-Net excludes -> "),
     ],
 )
 def test_torch(answers, facts, match):

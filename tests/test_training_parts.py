@@ -8,7 +8,7 @@ from helpers.projects import VIEW, architecture, make_project, make_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import DEFAULT, CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
 from nnunetv2_cva.training import checkpoint, messages
 from nnunetv2_cva.training.data import evenly
@@ -130,7 +130,7 @@ def test_standardising_removes_what_all_features_share():
 def test_history_drops_epochs_that_were_not_saved(tmp_path):
     history = History(tmp_path)
     history.restore([{"epoch": 0, "total_loss": 1.0}, {"epoch": 1, "total_loss": 0.5}])
-    history.plot()
+    history.plot(DEFAULT)
     again = History(tmp_path)
     again.restore(history.epochs[:1])
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [

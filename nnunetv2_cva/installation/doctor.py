@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder
+from nnunetv2_cva.installation.versions import REASONS, unsupported
 
-SUPPORTED = ((2, 8), (2, 9))  # nnunetv2: from, below
 TRAINER = "nnUNetTrainerCVA"
 DISK_GB, SHARED_MEMORY_GB = 10, 2
 
@@ -115,15 +115,14 @@ def examine() -> Iterator[Diagnosis]:
 
 
 def check_version() -> Iterator[Diagnosis]:
-    """nnunetv2 is installed in a version that we know."""
-    (low, high), wanted = SUPPORTED, "nnunetv2>={}.{},<{}.{}".format(*SUPPORTED[0], *SUPPORTED[1])
-    try:
-        version = importlib.metadata.version("nnunetv2")
-    except importlib.metadata.PackageNotFoundError:
-        yield Diagnosis("nnunetv2", "not installed in this Python", f'pip install "{wanted}"')
-        return
-    number = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    yield Diagnosis("nnunetv2", version, "" if low <= number < high else f'pip install "{wanted}"')
+    """nnunetv2, and everything else that has another version than this package's metadata asks for."""
+    wrong = {requirement.name: (requirement, version) for requirement, version in unsupported()}
+    if "nnunetv2" not in wrong:
+        yield Diagnosis("nnunetv2", importlib.metadata.version("nnunetv2"))
+    for name, (requirement, version) in wrong.items():
+        reason = f" ({REASONS[name]})" if name in REASONS else ""
+        found = f"{version}, expected {requirement.specifier}{reason}" if version else "not installed in this Python"
+        yield Diagnosis(name, found, f'pip install "{name}{requirement.specifier}"')
 
 
 def check_torch(facts: dict[str, Any]) -> Iterator[Diagnosis]:
@@ -138,8 +137,6 @@ def check_torch(facts: dict[str, Any]) -> Iterator[Diagnosis]:
     error = " ".join(facts.get("error", "").split())[:300]
     if "torch" not in facts:
         yield Diagnosis("torch", f"does not import ({error})", _REINSTALL)
-    elif re.match(r"2\.9\.", facts["torch"]):
-        yield Diagnosis("torch", f"{facts['torch']}, which nnU-Net excludes", "pip install --upgrade torch torchvision")
     elif "agree" not in facts:
         yield Diagnosis("torchvision", f"does not fit ({versions}; {error}), which breaks our trainers too", _REINSTALL)
     elif error:

@@ -23,6 +23,7 @@ USUAL = {
     "resampling_fn_data_kwargs": RESAMPLING,
     "resampling_fn_seg": "resample_data_or_seg_to_shape",
     "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+    "architecture": {},  # preprocessing asks for none, but without the word nnU-Net takes plans for its old ones and fails
 }
 # Images that stay at their own spacing: the one that is stated is used for nothing.
 LEFT: dict[str, Any] = {
@@ -104,10 +105,11 @@ def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:
     from nnunetv2_cva.transfer.card import settings
 
     found = settings(plans, name)
+    whole = {"use_mask_for_norm": [False] * len(found.get("normalization_schemes") or ())}
     masks = {
         "resampling_fn_seg": found.get("resampling_fn_mask"),
         "resampling_fn_seg_kwargs": found.get("resampling_fn_mask_kwargs"),
     }
     if found and found.get("spacing", ()) is None:  # nnssl's way to say it
         found = {**found, **LEFT}
-    return {**USUAL, **{k: v for k, v in masks.items() if v}, **found} if found else {}
+    return {**USUAL, **whole, **{k: v for k, v in masks.items() if v}, **found} if found else {}

@@ -323,7 +323,7 @@ class CVATrainer(LastingRun):
         self._progress.outputs.append(output)
         last = len(self._progress.outputs) == self.config.iterations_per_epoch
         if last and self.local_rank == 0 and self._views.due(self.current_epoch):
-            self._views.keep(ready, 2 if self.config.needs_second_view else 1)
+            self._views.keep(ready, batch["keys"], batch["overlap"])
         self._stop_if_told()
         return output
 
@@ -403,7 +403,7 @@ class CVATrainer(LastingRun):
             self.print_to_log_file(f"  {verdict(self.history.epochs)}")
             try:
                 self.history.write()
-                self.history.plot()
+                self.history.plot(self.config)
                 self._views.draw(self.student, self.autocast)
             except OSError as e:  # a picture is not worth a run
                 self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
