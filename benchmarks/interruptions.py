@@ -2,9 +2,9 @@
 
     python benchmarks/interruptions.py --folder /tmp/interrupted [--count 48] [--seed 0]
 
-A tiny training, started again with --c after every interruption: SIGKILL (half of them), SIGTERM, SIGUSR1, SIGHUP, a fifth of them
-while the program starts. When a run has reached its end it is compared with the one left alone, network, teacher, heads, optimizer
-and metrics, and the next one begins, until there were enough interruptions. POSIX only.
+A tiny training, started again with --c after every interruption: SIGKILL (half of them), SIGTERM, SIGUSR1, SIGHUP; one in five
+comes while the program starts. When a run has reached its end it is compared with the one left alone, network, teacher, heads,
+optimizer and metrics, and the next one begins, until there were enough interruptions. POSIX only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start(log: Path) -> subprocess.Popen[bytes]:
 
 
 def interrupt(log: Path, draw: random.Random, starting: float) -> tuple[str, int]:
-    """Start, and send one signal at a random moment. Returns what was sent, empty where the run had ended before, and the code."""
+    """Start, and send one signal at a random moment. Returns what was sent, empty where the run ended before, and the code."""
     process, way = start(log), draw.choice(WAYS)
     if draw.random() < 0.2:
         moment = draw.uniform(0, starting)

@@ -2,8 +2,8 @@
 
     python benchmarks/long_run.py --folder /tmp/long [--steps 10000] [--steps-per-epoch 25] [--workers 2]
 
-A tiny network and tiny cases, everything else as always: loader processes, checkpoints, metrics, pictures. One line for every tenth
-epoch, then how fast memory grew in each quarter of the run. Linux only (/proc).
+A tiny network and tiny cases, everything else as always: loader processes, checkpoints, metrics, pictures. One line for every
+tenth epoch, then how fast memory grew in each quarter of the run. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def main() -> None:
         slopes = {k: np.polyfit(steps, [rows[n][1][k] for n in part], 1)[0] * 1000 for k in ("main", "loaders")}
         last = rows[part[-1]][1]
         print(
-            f"steps {steps[0]:5d} to {steps[-1]:5d}: main {last['main']:.0f} MB ({slopes['main']:+.1f} MB per 1000 steps), loaders "
-            f"{last['loaders']:.0f} MB ({slopes['loaders']:+.1f}), {last['descriptors']:.0f} descriptors, {last['shared']:.1f} MB shared"
+            f"steps {steps[0]:5d} to {steps[-1]:5d}: main {last['main']:.0f} MB ({slopes['main']:+.1f} MB per 1000 steps), "
+            f"loaders {last['loaders']:.0f} MB ({slopes['loaders']:+.1f}), {last['descriptors']:.0f} descriptors, "
+            f"{last['shared']:.1f} MB shared"
         )
 
 

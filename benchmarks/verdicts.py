@@ -1,10 +1,12 @@
-"""What the verdict says about runs that are known: nine objectives that learn and four that are made to collapse.
+"""What the verdict says about runs that are known: nine objectives that learn and seven that are made to collapse.
 
     python benchmarks/verdicts.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK [--seeds 0 1 2]
+        [--record tests/recorded_runs.jsonl --also WORK_OF_probes.py]
 
 Every run is short: 8 epochs of 10 iterations of AdamW in bf16, a U-Net of three stages, views of 16x24x16. Its metrics go, one
 line for a run, to WORK/verdicts.jsonl; the table of what the verdict said, epoch by epoch, to standard output. What is done is
-not done again. The test of the verdict reads a copy of these lines, tests/recorded_runs.jsonl.
+not done again. ``--record`` writes what the verdict reads of them, a list per metric, for its test; ``--also``: with the
+trainings of 32 epochs of probes.py.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from hippocampus import NAME, PLANS, prepare
+
+from nnunetv2_cva.seeing.verdict import MOVES
 
 CONFIGURATION, STAGES = "verdicts", 3
 HEALTHY = ("", "AE", "MAE", "MAE_CVA", "MAE_CCVA", "MAE_Cont", "MAE_CCVA_Cont", "Gram", "Cont")
@@ -56,7 +60,8 @@ def trainer_class(name: str) -> type:
 
         def watch(self) -> dict:
             if name.startswith("mask 0"):
-                self.watched_batches = [shown(batch) for batch in self.watched_batches]
+                for batch in self.watched_batches:
+                    shown(batch)
             return super().watch()
 
         def objective(self, student, teacher, batch, config, cases=None):
@@ -121,6 +126,29 @@ def configure(dataset: Path) -> None:
     (dataset / "splits_final.json").write_text(json.dumps([{"train": order[40:], "val": order[:40]}]))
 
 
+def recorded(runs: list[dict[str, Any]]) -> str:
+    """A line for every run, with a list of every metric that the verdict reads: one number where it never changes."""
+    reads = {"effective_rank", "spread", "effective_rank_start", "spread_start", "consistency_loss", "retrieval_chance"}
+    reads |= {"teacher_distance", "reconstruction_null", *MOVES}
+    lines = []
+    for r in runs:
+        metrics = {k: [float(f"{e[k]:.6g}") for e in r["epochs"]] for k in r["epochs"][0] if k in reads}
+        short = {k: v[0] if len(set(v)) == 1 else v for k, v in metrics.items()}
+        line = {"run": r["run"] or "default", "seed": r["seed"], "epochs": len(r["epochs"]), "metrics": short}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    return "".join(lines)
+
+
+def longer(folder: Path) -> list[dict[str, Any]]:
+    """The trainings of probes.py."""
+    found = []
+    for file in sorted(folder.glob("[CM]*__*/fold_0/metrics.jsonl")):
+        row, seed = file.parts[-3].split("__")[0].split("_")
+        epochs = [json.loads(line) for line in file.read_text().splitlines()]
+        found.append({"run": f"{'default' if row == 'CVA' else row}, {len(epochs)} epochs", "seed": int(seed), "epochs": epochs})
+    return found
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """What was said after every epoch."""
     from nnunetv2_cva.seeing.verdict import verdict
@@ -139,6 +167,8 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--also", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -152,7 +182,10 @@ def main() -> None:
                 line = json.dumps({"run": name, "seed": seed, "epochs": run(name, seed, args.folder)})
                 with open(file, "a") as f:
                     f.write(line + "\n")
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    runs = [json.loads(line) for line in file.read_text().splitlines()] + (longer(args.also) if args.also else [])
+    if args.record:
+        args.record.write_text(recorded(runs))
+    print(table(runs))
 
 
 if __name__ == "__main__":

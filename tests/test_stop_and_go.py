@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.projects import CONFIGURATION, NAME, make_project, make_trainer, train
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
-from nnunetv2_cva.training import checkpoint, folder, stopping
+from nnunetv2_cva.failures import TOLD, TrainingFailed
+from nnunetv2_cva.training import checkpoint, failing, folder, local_processes, stopping
 from nnunetv2_cva.training.folder import LOCK, only_one, refuse_or_set_aside
 from nnunetv2_cva.training.progress import Progress, judge_skipped
+from nnunetv2_cva.training.step import TrainingStep
 
 ENVIRONMENT = "nnUNet_cva"
 REST: dict = {"network_weights": {}, "optimizer_state": {}, "init_args": {}}
@@ -313,10 +317,103 @@ def test_the_state_of_an_epoch_goes_through_a_checkpoint():
     assert Progress.restored(Progress().state(0.0)).outputs == []
 
 
-def test_the_command_a_user_types_stops_with_the_code(tmp_path, monkeypatch):
-    make_project(tmp_path, monkeypatch, cva={**SETTINGS, "stop_after_minutes": 1e-6})
+def nnunets_command(*options, **environment):
     recipes = Path(sys.modules[nnUNetTrainerCVA.__module__].__file__).parent
     entry = "from nnunetv2.run.run_training import run_training_entry as r; r()"
-    command = [sys.executable, "-c", entry, NAME, CONFIGURATION, "all", "-tr", "nnUNetTrainerCVA", "-device", "cpu"]
-    done = subprocess.run(command, env={**os.environ, "nnUNet_extTrainer": str(recipes)}, capture_output=True, text=True)
+    command = [sys.executable, "-c", entry, NAME, CONFIGURATION, "all", "-tr", "nnUNetTrainerCVA", "-device", "cpu", *options]
+    environment = {**os.environ, "nnUNet_extTrainer": str(recipes), **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_a_user_types_stops_with_the_code(tmp_path, monkeypatch):
+    make_project(tmp_path, monkeypatch, cva={**SETTINGS, "stop_after_minutes": 1e-6})
+    done = nnunets_command()
     assert done.returncode == 75 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("when", ["constructed", "trained"])
+def test_nnunets_command_says_in_one_sentence_what_is_wrong(tmp_path, monkeypatch, when):
+    """Whatever a user can mend; its log has the traceback where the training had begun."""
+    data = make_project(tmp_path, monkeypatch, cva=SETTINGS)
+    if when == "trained":
+        (data / "case_03.b2nd").write_bytes(b"torn")
+    done = nnunets_command(nnUNet_cva="{}" if when == "trained" else '{"epohcs": 1}')
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert ("case_03.b2nd" if when == "trained" else "epohcs") in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("nnunetv2_cva: error: ")
+    if when == "trained":
+        (log,) = (tmp_path / "results").rglob("training_log_*.txt")
+        assert "Traceback" in log.read_text() and "Traceback" not in done.stdout
+
+
+def test_other_programs_and_our_own_bugs_keep_their_tracebacks(monkeypatch):
+    shown = []
+    monkeypatch.setattr(failing, "_before", lambda *error: shown.append(error[0]))
+    for error in (ValueError("theirs"), AssertionError("ours")):
+        try:
+            raise error
+        except Exception as e:
+            failing._one_sentence(type(e), e, e.__traceback__)
+    assert shown == [ValueError, AssertionError]
+
+
+def test_a_step_without_memory_says_what_to_change(tmp_path, monkeypatch):
+    """With the measured need where the device can be asked; from nnUNetv2_cva and nnUNetv2_train alike one sentence."""
+    make_project(tmp_path, monkeypatch, cva=SETTINGS)
+    trainer = make_trainer(nnUNetTrainerCVA)
+
+    def no_memory(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(TrainingStep, "__call__", no_memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 75.5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=80 * 2**30))
+    batch = next(iter_batches(trainer))
+    expected = r"It held 75.5 GB .* the device has 80.0 GB. Set gradient_checkpointing .*smaller batch_size.*allocate 9.00 GiB.\)"
+    with pytest.raises(TrainingFailed, match=expected) as failed:
+        trainer.train_step(batch)
+    assert isinstance(failed.value, TOLD) and len(str(failed.value).splitlines()) == 1
+
+
+def iter_batches(trainer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+    yield next(trainer.dataloader_train)
+
+
+# ---- processes of one machine
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((75, 75), 75), ((0, 3), 3), ((-9, 0), 137)])
+def test_processes_of_one_machine_end_with_their_own_code(monkeypatch, codes, expected):
+    """torchrun makes 1 of every code."""
+    monkeypatch.setattr(local_processes, "GRACE", 5)
+    code = (
+        "import os, sys\nassert os.environ['WORLD_SIZE'] == '2' and os.environ['LOCAL_RANK'] == os.environ['RANK']\n"
+        f"c = {codes}[int(os.environ['RANK'])]\nos.kill(os.getpid(), -c) if c < 0 else sys.exit(c)"
+    )
+    assert local_processes.run_on_every_device([sys.executable, "-c", code], 2) == expected
+
+
+def test_signals_are_passed_on_and_who_hangs_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_processes, "GRACE", 0.5)
+    code = (
+        "import os, signal, sys, time\nrank = os.environ['RANK']\n"
+        "signal.signal(signal.SIGUSR1, (lambda *a: sys.exit(75)) if rank == '0' else signal.SIG_IGN)\n"
+        f"open({str(tmp_path)!r} + '/' + rank, 'w').close()\ntime.sleep(60)\n"
+    )
+
+    def send():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    threading.Thread(target=send).start()
+    assert local_processes.run_on_every_device([sys.executable, "-c", code], 2) == 75
+    assert signal.getsignal(signal.SIGUSR1) == before

@@ -7,10 +7,8 @@ is slow (torch, nnunetv2) inside functions, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
-import os
 import re
 import sys
 import traceback
@@ -19,6 +17,7 @@ from collections.abc import Sequence
 
 from nnunetv2_cva import __version__
 from nnunetv2_cva.commands.options import in_options, options_of
+from nnunetv2_cva.failures import TOLD, sentence
 
 COMMANDS = (
     *("plan", "preprocess", "peek", "train"),
@@ -32,8 +31,8 @@ WITHIN = {"env": "hook"}  # commands whose parts are a class of this name in the
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand named in ``argv`` and return its exit code; 2 for a ``ValueError`` or what the system refuses, shown as
-    one line. ``--debug`` before or after the subcommand shows where it came from."""
+    """Run the subcommand named in ``argv`` and return its exit code; 2 for what the user or the system has to
+    mend, shown as one line. ``--debug`` before or after the subcommand shows where it came from."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG in argv
     argv = [a for a in argv if a != DEBUG]
@@ -43,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_names(args)
         return int(args.run(args))
-    except (ValueError, OSError) as e:
+    except TOLD as e:
         if debug:
             traceback.print_exc()
-        print(f"nnUNetv2_cva: error: {in_options(_sentence(e), args)}", file=sys.stderr)
+        print(f"nnUNetv2_cva: error: {in_options(sentence(e), args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nnUNetv2_cva: interrupted", file=sys.stderr)
@@ -65,15 +64,6 @@ def _check_names(args: argparse.Namespace) -> None:
             if isinstance(given, str) and (re.search(r"[/\\\x00-\x1f]", given) or given in (".", "..") or len(given) > 200):
                 shown = given if len(given) <= 60 else f"{given[:60]}..."
                 raise ValueError(f"`{name}`: expected a name, found {shown!r}. Names hold no slashes and at most 200 characters.")
-
-
-def _sentence(error: Exception) -> str:
-    """The error in one line, with the file that it is about."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        advice = {errno.ENOSPC: " Make room there.", errno.EACCES: " Get permission, or choose another place."}
-        return f"{where}{error.strerror}.{advice.get(error.errno or 0, '')}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _speak_any_name() -> None:

@@ -25,6 +25,7 @@ from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.sizes import by
 
 SOURCES, INSPECTION, CASES, REJECTED = "cva_sources.json", "cva_inspection.jsonl", "cases.csv", "rejected.csv"
+BROKEN = (TypeError, ValueError, KeyError, AttributeError, RecursionError)  # of content that is not what was written
 COLUMNS = ("case", "dataset", "subject", "modality", "shape", "spacing", "sha256", "path")
 
 
@@ -98,7 +99,11 @@ def remembered(
 
 
 def read_findings(folder: Path) -> dict[tuple[str, ...], Finding]:
-    """What was looked at so far, by files. The last line of a killed run may be torn and is dropped."""
+    """What was looked at so far, by files. The last line of a killed run may be torn and is dropped.
+
+    Raises:
+        ValueError: another line is no finding.
+    """
     path = folder / INSPECTION
     findings: dict[tuple[str, ...], Finding] = {}
     if not path.is_file():
@@ -107,16 +112,29 @@ def read_findings(folder: Path) -> dict[tuple[str, ...], Finding]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):  # else the next line would be glued to it
         os.truncate(path, len(whole))
-    for line in whole.splitlines():
-        finding = Finding.from_dict(json.loads(line))
-        findings[finding.files] = finding
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            finding = Finding.from_dict(json.loads(line))
+            findings[finding.files] = finding
+        except BROKEN:
+            raise ValueError(f"{path}, line {number} is damaged. Delete the file: planning again makes it anew.") from None
     return findings
 
 
 def read_sources(folder: Path) -> Sources | None:
-    """The sources given before, or None."""
+    """The sources given before, or None.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     path = folder / SOURCES
-    return Sources.from_dict(read_object(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    try:
+        return Sources.from_dict(content)
+    except BROKEN:
+        raise ValueError(f"{path} does not say where images come from. Delete it, and plan with images given anew.") from None
 
 
 def read_accepted(folder: Path) -> list[Finding]:

@@ -129,8 +129,9 @@ def _legend(shown: Sequence[Tile]) -> list[Any]:
     handles: list[Any] = []
     if any(t.roi is not None for t in shown):
         handles.append(Patch(fill=False, edgecolor=SHARED, label="what both views show"))
-        dot = {"marker": "o", "linestyle": "", "color": BEGIN, "markersize": 5}
-        handles.append(Line2D([], [], **dot, label="where it begins: moves when a view is mirrored"))
+        of_dot = Line2D([], [], marker="o", linestyle="", color=BEGIN, markersize=5)
+        of_dot.set_label("where it begins: moves when a view is mirrored")
+        handles.append(of_dot)
     if any(t.hidden is not None and t.hidden.any() for t in shown):
         handles.append(Patch(color=HIDDEN, label="hidden from the student"))
     if any(t.inside is not None and not t.inside.all() for t in shown):

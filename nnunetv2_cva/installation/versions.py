@@ -1,4 +1,4 @@
-"""Whether what is installed has the versions that this package's metadata asks for; pip checks that once, and others change it."""
+"""Whether what is installed has the versions that this package's metadata asks for: pip looks once, and others change it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def roi_align_3d(
             "roi_align_3d: expected features (N, C, I, J, K) and rois (N, 2, 3) of the same N, found "
             f"{tuple(features.shape)} and {tuple(rois.shape)}."
         )
-    if min(*bins, *view_size, *stride, *features.shape[2:], 1 if samples is None else samples) < 1:
+    # Not min(): torch 2.6 cannot compile that over sizes that may change.
+    if any(n < 1 for n in (*bins, *view_size, *stride, *features.shape[2:], 1 if samples is None else samples)):
         raise ValueError(
             f"roi_align_3d: expected sizes of at least 1, found bins {bins}, view_size {view_size}, stride {stride}, "
             f"samples {samples}, map {tuple(features.shape[2:])}."

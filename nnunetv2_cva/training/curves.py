@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeing.verdict import verdict
-from nnunetv2_cva.training.metrics import LOSSES, PARTS, RATE, SHARES, is_loss, panels
+from nnunetv2_cva.training.metrics import PARTS, RATE, SHARES, is_loss, panels
 
 COLOURS = {"LEARNING": "#1b7837", "PLATEAU": "#8c510a", "COLLAPSING": "#c51b1b", "COLLAPSED": "#c51b1b", "TOO EARLY": "#555555"}
 REFERENCES = {"_null": "--", "_start": ":", "_chance": ":"}  # what a curve of the same colour is to be compared with

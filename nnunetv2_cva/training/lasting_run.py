@@ -18,6 +18,7 @@ from nnunetv2_cva.config import CVAConfig, check_resumable
 from nnunetv2_cva.model.branches import Student, Teacher
 from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training.data import TrainingData
+from nnunetv2_cva.training.failing import noting, speak_plainly_in_nnunets_command
 from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.progress import Progress
@@ -50,6 +51,12 @@ class LastingRun(nnUNetTrainer):
     _started_from: dict[str, Any] | None
     _at_start: dict[str, float]
 
+    def _begin(self, plans: dict[str, Any]) -> None:
+        """Before anything can fail."""
+        self._constructed = monotonic()
+        self._asked_to_continue = bool(plans.get("continue_training"))
+        speak_plainly_in_nnunets_command()
+
     def run_training(self) -> None:
         """nnU-Net's loop, alone in its folder, until it ends or is told to stop.
 
@@ -58,7 +65,7 @@ class LastingRun(nnUNetTrainer):
         """
         self._stopping = Stopping(self.config.stop_after_minutes, self._constructed)
         alone = only_one(self.output_folder, self.print_to_log_file) if self.local_rank == 0 else nullcontext()
-        with alone, self._stopping.noticing():
+        with noting(self.print_to_log_file), alone, self._stopping.noticing():
             super().run_training()
 
     def _claim_folder(self) -> None:

@@ -27,14 +27,10 @@ class Metric:
 
 
 PARTS, LOSSES = "weighted losses, which add up to the total", "the losses themselves; dashed: without learning"
-RETRIEVAL, ALIGNMENT = (
-    "retrieval in watched pairs; dashed: by position; dotted: by chance",
-    "alignment in watched pairs; dashed: by position",
-)
-RANK, SPREAD = (
-    "effective rank of the features; dotted: untrained",
-    "spread of the features; dotted: untrained; student and teacher",
-)
+RETRIEVAL = "retrieval in watched pairs; dashed: by position; dotted: by chance"
+ALIGNMENT = "alignment in watched pairs; dashed: by position"
+RANK = "effective rank of the features; dotted: untrained"
+SPREAD = "spread of the features (dotted: untrained); student and teacher"
 SHARES, RATE = "real overlap; share of the time waiting for data", "learning rate"
 
 ROUNDING = 1e-5  # of the whole length: float32 keeps 1e-7 of a number, and features are sums of many

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnunetv2_cva.distributed import several_ranks
+from nnunetv2_cva.failures import TrainingFailed
 
 SKIPPED = 0.1  # of an epoch's steps: with more of them something is wrong
 
@@ -69,14 +70,14 @@ def judge_skipped(left_out: list[int], steps: int, cases: Callable[[list[int]], 
     """What to say about skipped steps; empty where there were none. ``cases``: names of the cases of steps of the epoch.
 
     Raises:
-        RuntimeError: too many.
+        TrainingFailed: too many.
     """
     if not left_out:
         return ""
     names = cases(left_out)
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     if len(left_out) > max(1, SKIPPED * steps):
-        raise RuntimeError(
+        raise TrainingFailed(
             f"{len(left_out)} of {steps} steps were left out because loss or gradient was not finite; in them were {listed}. "
             "The last checkpoint is untouched. Where these are few cases look at their voxels; else continue with precision "
             "fp32, or start again with a lower learning_rate."

@@ -22,6 +22,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.next_steps import NO_GPU
+from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
@@ -58,9 +60,6 @@ class CVATrainer(LastingRun):
     backbone_trainer: type[nnUNetTrainer] = nnUNetTrainer
     objective: Objective = staticmethod(objective)
     backbone: Callable[[nn.Module, CVAConfig], Backbone] = staticmethod(make_backbone)
-    current_epoch: int
-    was_initialized: bool
-    data: TrainingData
 
     def __init__(
         self,
@@ -70,8 +69,9 @@ class CVATrainer(LastingRun):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
-        self._constructed = monotonic()
-        self._asked_to_continue = bool(plans.get("continue_training"))
+        self._begin(plans)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(NO_GPU)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
             self.device = local_device(device)
@@ -185,6 +185,7 @@ class CVATrainer(LastingRun):
         its = self.config.iterations_per_epoch
         self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
         first = self.current_epoch * its + len(self._progress.outputs)
+        self._pace = messages.Pace(its, self.num_epochs * its - first, self.print_to_log_file)
         self._views = Views(self.output_folder, self.num_epochs)
         self._bar = RunBar(self.num_epochs * its, first, self.local_rank == 0)
         self._board = Board(self.output_folder, self.local_rank == 0)
@@ -297,7 +298,7 @@ class CVATrainer(LastingRun):
         if not self._progress.outputs:
             self._progress = Progress()
         self._stop_if_told()
-        self._pace = messages.Pace(self.config.iterations_per_epoch, self.print_to_log_file)
+        self._pace.begin(len(self._progress.outputs))
 
     def on_train_epoch_start(self) -> None:
         self.num_iterations_per_epoch = self.config.iterations_per_epoch - len(self._progress.outputs)  # after a stop: the rest
@@ -315,7 +316,7 @@ class CVATrainer(LastingRun):
         try:
             losses = self._step(ready)
         except torch.cuda.OutOfMemoryError as e:
-            raise RuntimeError(messages.out_of_memory(e, self.config)) from e
+            raise TrainingFailed(messages.out_of_memory(e, self.config)) from e
         self._pace.tick()
         self._bar.tick()
         share = self.data.share  # the mean over processes is that over cases, though they have different numbers of them
@@ -349,7 +350,7 @@ class CVATrainer(LastingRun):
         finite = math.isfinite(means["total"])
         if not (finite and all_finite(self.student)):  # the last step of an epoch may spoil the weights without showing in a loss
             what = "weights are not finite after" if finite else f"loss became {means['total']} in"
-            raise RuntimeError(
+            raise TrainingFailed(
                 f"The {what} epoch {self.current_epoch}. The last checkpoint is untouched: "
                 "continue from it with --c and precision fp32, or start again with a lower learning_rate."
             )

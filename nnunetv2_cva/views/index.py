@@ -67,12 +67,14 @@ def read_index(folder: str | Path) -> Index | None:
     path = Path(folder) / INDEX
     if not path.is_file():
         return None
-    first, *lines = path.read_text(encoding="utf-8").splitlines()
     try:
+        first, *lines = path.read_text(encoding="utf-8").splitlines()
         _, root = first.split("\t")
         keys, shapes, names = zip(*(line.split("\t") for line in lines), strict=True) if lines else ((), (), ())
         sizes = np.array(" ".join(shapes).replace("x", " ").split(), dtype=np.int32).reshape(len(keys), 4)
-    except ValueError:
+        if sizes.size and sizes.min() < 1:
+            raise ValueError
+    except (ValueError, OverflowError):
         raise ValueError(f"{path} is damaged. Delete it, then plan and preprocess the dataset again.") from None
     datasets = sorted(set(names))
     numbers = {name: number for number, name in enumerate(datasets)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.views.cases import Case, Cases, Checked, check_cases
 from nnunetv2_cva.views.geometry import Pair, draw_pair
@@ -219,7 +220,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """Raises what the dataset raised, with its traceback, or RuntimeError when a worker died."""
+        """Raises what the dataset raised, with its traceback, or TrainingFailed when a worker died."""
         if self._iterator is None:
             raise StopIteration
         began = perf_counter()
@@ -233,7 +234,7 @@ class Batches:
             text = str(e)
             died = text.startswith("DataLoader worker (pid") or "shared memory" in text
             if died and isinstance(e, (RuntimeError, OSError)):
-                raise RuntimeError(self._explain(text)) from e
+                raise TrainingFailed(self._explain(text)) from e
             raise
         finally:
             self._waiting = False
