@@ -35,6 +35,7 @@ def test_from_a_pile_to_a_prediction_by_the_printed_lines(tmp_path, monkeypatch)
     intensities = {"0": {"mean": 200.0, "median": 200.0, "std": 40.0, "min": 1, "max": 400}}
     plans = {**tiny_plans(view=(16, 24, 16)), "foreground_intensity_properties_per_channel": intensities}
     labelled_dataset(raw, preprocessed, "Dataset004_First", plans)
+    (preprocessed / "Dataset004_First" / "dataset_fingerprint.json").write_text("{}")  # stock training copies it
     settings = {
         "nnUNet_cva": '{"epochs": 1, "iterations_per_epoch": 2, "check_seconds": 0}',
         "nnUNet_extTrainer": recipes_folder(),

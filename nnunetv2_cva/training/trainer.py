@@ -60,6 +60,7 @@ class CVATrainer(LastingRun):
     backbone_trainer: type[nnUNetTrainer] = nnUNetTrainer
     objective: Objective = staticmethod(objective)
     backbone: Callable[[nn.Module, CVAConfig], Backbone] = staticmethod(make_backbone)
+    watched_batches: list[dict[str, Any]]
 
     def __init__(
         self,
