@@ -20,6 +20,7 @@ from typing import Any
 import light
 import numpy as np
 import torch
+import windows
 from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, items
 from hippocampus import NAME, prepare
 from light import Protocol, Recipe
@@ -64,6 +65,9 @@ class Bench:
         if item["kind"] == "nulls":
             states = torch.load(self.weights(item["recipe"], item["seed"]), weights_only=True)
             return {**item, **nulls(recipe, states, self.cases, self.rest, self.test)}
+        if item["kind"] == "probe":
+            states = torch.load(self.weights(item["recipe"], item["seed"]), weights_only=True)
+            return {**item, "rows": windows.probe(recipe, states["network"], item["seed"], self.data, self.test)}
         protocol = Protocol(**{k: item[k] for k in asdict(Protocol())})
         scratch = item["recipe"] == SCRATCH
         states = None if scratch else torch.load(self.weights(item["recipe"], item["seed"]), weights_only=True)
@@ -104,8 +108,24 @@ def run(names: list[str], seeds: list[int] | None, recipes: list[str] | None, ra
             if any(item.items() <= d.items() for d in done):
                 continue
             done.append(bench.do(item))
-            with open(file, "a") as f:
-                f.write(json.dumps(done[-1]) + "\n")
+            append(file, done[-1])
+
+
+def probe(raw: Path, folder: Path) -> None:
+    """All pretrainings of the hippocampus that are there."""
+    file = folder / "evidence.jsonl"
+    bench = Bench("hippocampus", raw, folder)
+    for done in read(file):
+        item = {**done, "kind": "probe"}
+        item = {k: item[k] for k in ("kind", "data", "recipe", "seed") if k in item}
+        wanted = (done["kind"], done.get("data")) == ("pretrain", bench.name)
+        if wanted and not any(item.items() <= d.items() for d in read(file)):
+            append(file, bench.do(item))
+
+
+def append(file: Path, found: dict[str, Any]) -> None:
+    with open(file, "a") as f:
+        f.write(json.dumps(found) + "\n")
 
 
 def main() -> None:
@@ -116,16 +136,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of the pretraining; default: the experiment's")
     parser.add_argument("--recipes", nargs="+", choices=[SCRATCH, *RECIPES])
     parser.add_argument("--table", nargs="*", choices=EXPERIMENTS)
+    parser.add_argument("--probe", action="store_true", help="the frozen features of what has been pretrained")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.run:
         run(args.run, args.seeds, args.recipes, args.raw, args.folder)
+    if args.probe:
+        probe(args.raw, args.folder)
     if args.table is not None:
         results = read(args.folder / "evidence.jsonl")
         print("\n\n".join(table(name, results) for name in args.table or EXPERIMENTS if rows_of(name, results)))
         print("\n" + comparisons(results) + "\n")
-        print(null_table(results, "hippocampus"))
+        print(null_table(results, "hippocampus") + "\n\n### random windows\n\n" + windows.table(results, [*RECIPES]))
     if args.list:
         print("\n".join(f"{name}: {', '.join(e.recipes)}. {e.expected}" for name, e in EXPERIMENTS.items()))
 
