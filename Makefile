@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/nnUNetv2_cva demo
 
 # Two processes of one thread each: more threads than cores make OpenMP spin and everything crawl.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
 test: lint
 	$(PYTEST)

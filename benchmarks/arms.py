@@ -79,9 +79,10 @@ EXPERIMENTS = {
     ),
     "labels, stock": Experiment(
         "All leave the empty segmentation sooner than scratch, at any number of labels; default first, then MAE, the paper last.",
-        LABELS,
+        (SCRATCH, "independent", "mae", "paper"),
         labels=(1, 4, 16),
     ),
+    "misaligned, stock": Experiment("As good as exact shared views.", (SCRATCH, "adamw", "misaligned"), labels=(4,)),
     "stock": Experiment(
         "With more iterations and deep supervision all gain less; the default still above scratch.",
         (SCRATCH, "independent", "mae"),
@@ -177,18 +178,25 @@ EXPERIMENTS = {
     ),
 }
 
-COMPARED = (  # experiment and recipe, experiment and recipe; the pretraining seeds that both have
-    ("first", "adamw", "first", "sgd"),
-    ("quick", "adamw", "quick", "sgd"),
-    ("first", "independent", "first", "adamw"),
-    ("quick", "independent", "quick", "adamw"),
-    ("first", "independent", "first", "mae"),
-    ("quick", "independent", "quick", "mae"),
+COMPARED = (  # experiment and recipe, experiment and recipe; the pretraining seeds and numbers of labels that both have
+    ("labels", "independent", "labels", "mae"),
+    ("labels, stock", "independent", "labels, stock", "mae"),
+    ("stock", "independent", "stock", "mae"),
+    ("labels", "independent", "labels", "paper"),
+    ("labels, stock", "independent", "labels, stock", "paper"),
+    ("labels", "independent", "labels", "adamw"),
+    ("misaligned, stock", "adamw", "labels, stock", "independent"),
+    ("labels", "adamw", "labels", "misaligned"),
+    ("misaligned, stock", "adamw", "misaligned, stock", "misaligned"),
+    ("labels", "paper", "quick", "sgd"),
+    ("labels, stock", "paper", "first", "sgd"),
+    ("objectives", "independent", "objectives", "ccva"),
+    ("objectives", "independent", "objectives", "mae+cva"),
+    ("objectives", "independent", "objectives", "cva alone"),
+    ("second data", "demo independent", "second data", "demo mae"),
     ("encoder", "sgd", "quick", "sgd"),
-    ("encoder", "sgd", "quick", "independent"),
     ("encoder", "adamw", "quick", "adamw"),
     ("encoder, 250 iterations of SGD", "sgd", "first", "sgd"),
-    ("encoder, 250 iterations of SGD", "sgd", "first", "independent"),
 )
 
 

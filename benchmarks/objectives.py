@@ -8,19 +8,21 @@ not seen and the same for all:
 alignment, retrieval   of the encoder's features of two views, augmented as in training; "mirrored": with views that are mirrored
                        and scaled independently, where the place in the view tells nothing
 effective_rank         of these features
-voxel Dice             of a linear voxel probe: logistic regression on the frozen features at the voxels of 8 labelled cases
-                       (another 8 per seed), scored on 24 others
+linear, k-NN           Dice of `nnUNetv2_cva probe` on frozen features: random windows of 8 labelled cases (another 8 per seed),
+                       scored on random windows of 32 others; all rows of a seed see the same windows
 
-"untrained" is the network as nnU-Net initialises it, the same in all rows of a seed; "intensity" is the probe without a network,
-on the voxel's value and two blurred ones. MAE has one view per case and step, all others two. What is done is not done again: one
-line per run in WORK/objectives.jsonl, the tables on standard output.
+"untrained" is the network as nnU-Net initialises it, "position" and "intensity" are the probe without a network. MAE has one view
+per case and step, all others two. What is done is not done again: one line per run in WORK/objectives.jsonl, weights in
+WORK/weights, the tables on standard output.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ import torch
 from hippocampus import NAME, PLANS, VIEW, prepare
 
 CONFIGURATION, CASES, EPOCHS = "objectives", 3, 10
-TEST, POOL, LABELLED, PER_CASE = 24, 16, 8, 2000
+CHEAP = {"head_width": 256, "predictor_width": 64, "precision": "bf16", "channels_last": True, "watched_cases": 4}
+HELD_BACK, LABELLED = 40, 8
+UNTRAINED = "untrained"
 TOKEN = (4, 4, 4)  # voxels; of 8 voxels a view of this size has 36 tokens, 9 of them visible
 ROWS = {
-    "intensity": None,
-    "untrained": None,
+    UNTRAINED: None,
     "AE": "AE",
     "MAE": "MAE",
     "MAE+CVA": "MAE_CVA",
@@ -45,7 +48,8 @@ ROWS = {
     "Cont": "Cont",
 }
 FAMILIES = ("U-Net", "Primus")
-COLUMNS = ("alignment", "retrieval", "mirrored alignment", "mirrored retrieval", "effective_rank", "voxel Dice")
+COLUMNS = ("alignment", "retrieval", "mirrored alignment", "mirrored retrieval", "effective_rank")
+CLASSIFIERS = ("linear", "k-NN")
 
 
 def small_primus() -> type:
@@ -93,7 +97,6 @@ def train(row: str, family: str, seed: int, iterations: int) -> Any:
     os.environ["nnUNet_cva"] = json.dumps(settings)
     json_file = json.loads((dataset / "dataset.json").read_text())
     trainer = recipe(row, family)(plans, CONFIGURATION, 0, json_file, torch.device("cpu"))
-    trainer.disable_checkpointing = True
     if ROWS[row] is None:
         trainer.initialize()
     else:
@@ -124,81 +127,45 @@ def agreement(trainer: Any, keys: list[str]) -> dict[str, float]:
     return found
 
 
-@torch.no_grad()
-def voxels(trainer: Any, keys: list[str], intensity: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per case: features (V, C) and labels (V,) of all voxels of its central view, every tap sampled at the voxels' centres."""
-    from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-    from scipy.ndimage import gaussian_filter
-
-    from nnunetv2_cva.model.roi_align import roi_align_3d
-
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, list(keys))
-    backbone, found = trainer.student.backbone.eval(), []
-    whole = torch.tensor([[[0.0] * 3, [1.0] * 3]])
-    for key in keys:
-        data, labels, _, _ = dataset.load_case(key)
-        begin = [(n - v) // 2 for n, v in zip(data.shape[1:], VIEW)]
-        box = [[b, b + v] for b, v in zip(begin, VIEW)]
-        view = np.asarray(crop_and_pad_nd(data, box), np.float32)
-        if intensity:
-            rows = np.stack([view[0], *(gaussian_filter(view[0], sigma) for sigma in (1, 2))]).reshape(3, -1).T
-        else:
-            maps, _ = backbone.encode(backbone.averaged(), torch.from_numpy(view)[None])
-            sampled = [
-                roi_align_3d(m, whole, tuple(VIEW), view_size=tuple(VIEW), stride=tap.stride, offset=tap.offset, samples=1)
-                for m, tap in zip(maps, backbone.taps)
-            ]
-            rows = torch.cat(sampled, dim=1)[0].flatten(1).T.numpy()
-        found.append((rows, np.clip(crop_and_pad_nd(labels, box)[0].reshape(-1), 0, 2)))
-    return found
-
-
-def linear_probe(trainer: Any, labelled: list[str], test: list[str], seed: int, intensity: bool) -> float:
-    """Mean Dice of both structures over the test cases."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    rng = np.random.default_rng(seed)
-    rows, labels = [], []
-    for features, truth in voxels(trainer, labelled, intensity):
-        chosen = rng.choice(len(truth), PER_CASE, replace=False)  # as frequent as they are: no shift between fit and score
-        rows.append(features[chosen])
-        labels.append(truth[chosen])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(np.concatenate(rows), np.concatenate(labels))
-    dice = []
-    for features, truth in voxels(trainer, test, intensity):
-        found = probe.predict(features)
-        for c in (1, 2):
-            size = (found == c).sum() + (truth == c).sum()
-            dice.append(2 * ((found == c) & (truth == c)).sum() / size if size else np.nan)
-    return float(np.nanmean(dice))
-
-
-def run(row: str, family: str, seed: int, iterations: int, test: list[str], pool: list[str]) -> dict[str, Any]:
-    """One line of results."""
+def run(row: str, family: str, seed: int, iterations: int, test: list[str], weights: Path) -> dict[str, Any]:
+    """One line of results: how well features agree. The weights go to a file."""
     trainer = train(row, family, seed, iterations)
-    labelled = np.random.default_rng(seed).choice(pool, LABELLED, replace=False).tolist()
-    intensity = row == "intensity"
-    found = {} if intensity else agreement(trainer, test)
-    found["voxel Dice"] = linear_probe(trainer, labelled, test, seed, intensity)
+    found = agreement(trainer, test)
+    if row != UNTRAINED:
+        (Path(trainer.output_folder) / "checkpoint_final.pth").rename(weights)
+    shutil.rmtree(trainer.output_folder)
     return {"row": row, "family": family, "seed": seed, "iterations": iterations, **found}
 
 
-def table(results: list[dict[str, Any]], family: str) -> str:
-    """Mean and standard deviation over the seeds; the gain is taken seed by seed."""
-    untrained = {r["seed"]: r["voxel Dice"] for r in results if (r["row"], r["family"]) == ("untrained", family)}
-    seeds = len(untrained)
-    header = (*COLUMNS, "gain over untrained")
-    lines = [f"{family}, {seeds} seeds:", "", "| objective | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
-    for row in ROWS:
-        runs = [r for r in results if r["row"] == row and r["family"] == family and r["seed"] in untrained]
-        if not runs:
-            continue
-        gains = [r["voxel Dice"] - untrained[r["seed"]] for r in runs]
-        cells = [_cell([r[c] for r in runs if c in r], 1 if c == "effective_rank" else 3) for c in COLUMNS]
-        lines.append(f"| {row} | " + " | ".join([*cells, "" if row == "untrained" else _cell(gains, 3, "+")]) + " |")
+def probe(files: dict[str, Path], seed: int, cases: list[str]) -> dict[str, dict[str, float]]:
+    """Row -> Dice of the package's own voxel probe: random windows, 8 labelled cases, all rows on the same ones."""
+    from nnunetv2_cva.seeing.frozen import load_frozen, untrained
+    from nnunetv2_cva.seeing.labelled import labelled_cases
+    from nnunetv2_cva.seeing.probing import probe_voxels
+
+    networks = {UNTRAINED: untrained(next(iter(files.values()))), **{row: load_frozen(file) for row, file in files.items()}}
+    dataset = labelled_cases(NAME, 1)
+    images = dataset.chosen(cases).read(networks[UNTRAINED])
+    return probe_voxels(images, networks, [*dataset.labels.values()], LABELLED, seed)
+
+
+def table(results: list[dict[str, Any]], probes: list[dict[str, Any]], family: str) -> str:
+    """Mean and standard deviation over the seeds; the gain over the untrained network is taken seed by seed."""
+    probes = [p for p in probes if p["family"] == family]
+    header = (*COLUMNS, *CLASSIFIERS, *(f"{c}, gain" for c in CLASSIFIERS))
+    lines = [
+        f"{family}, {len(probes)} seeds:",
+        "",
+        "| objective | " + " | ".join(header) + " |",
+        "|---" * (len(header) + 1) + "|",
+    ]
+    for row in ("position", "intensity", *ROWS):
+        runs = [r for r in results if r["row"] == row and r["family"] == family]
+        cells = [_cell([r[c] for r in runs], 1 if c == "effective_rank" else 3) for c in COLUMNS]
+        found = [p["dice"] for p in probes if row in p["dice"]]
+        cells += [_cell([d[row][c] for d in found], 3) for c in CLASSIFIERS]
+        cells += [_cell([d[row][c] - d[UNTRAINED][c] for d in found] if row != UNTRAINED else [], 3, "+") for c in CLASSIFIERS]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -218,38 +185,44 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--iterations", type=int, default=300)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "weights").mkdir(parents=True, exist_ok=True)
     prepare(args.raw.resolve(), args.folder.resolve())
-    test, pool = configure(args.folder / "pre" / NAME)
-    file = args.folder / "objectives.jsonl"
-    for seed in args.seeds:
-        for family in args.families:
-            for row in ROWS:
-                key = {"row": row, "family": family, "seed": seed, "iterations": args.iterations}
-                if not any(key.items() <= r.items() for r in read(file)):
-                    line = json.dumps(run(row, family, seed, args.iterations, test, pool))
-                    with open(file, "a") as f:
-                        f.write(line + "\n")
-                    print(line, flush=True)
-    results = [r for r in read(file) if r["iterations"] == args.iterations]
-    for family in FAMILIES:
-        print("\n" + table(results, family))
+    held_back = configure(args.folder / "pre" / NAME)
+    torch.set_num_threads(1)
+    file, probes = args.folder / "objectives.jsonl", args.folder / "probes.jsonl"
+    for seed, family in itertools.product(args.seeds, args.families):
+        key = {"family": family, "seed": seed, "iterations": args.iterations}
+        weights = {row: args.folder / "weights" / f"{family}_{row}_{args.iterations}_{seed}.pth" for row in ROWS}
+        for row in ROWS:
+            if not any({"row": row, **key}.items() <= r.items() for r in read(file)):
+                append(file, run(row, family, seed, args.iterations, held_back, weights[row]))
+        if not any(key.items() <= p.items() for p in read(probes)):
+            del weights[UNTRAINED]
+            append(probes, {**key, "dice": probe(weights, seed, held_back)})
+    for family in args.families:
+        runs, found = ([r for r in read(f) if r["iterations"] == args.iterations] for f in (file, probes))
+        print("\n" + table(runs, found, family))
 
 
-def configure(dataset: Path) -> tuple[list[str], list[str]]:
-    """Add the configuration and the split; returns the cases for tests and those that labelled ones are drawn from."""
+def configure(dataset: Path) -> list[str]:
+    """Add the configuration and the split; returns the cases that no training sees."""
     plans = json.loads((dataset / f"{PLANS}.json").read_text())
-    plans["configurations"][CONFIGURATION] = {"inherits_from": "small", "batch_size": CASES, "cva": {"mask_block": 8}}
+    plans["configurations"][CONFIGURATION] = {"inherits_from": "small", "batch_size": CASES, "cva": CHEAP}
     (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
     names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
     order = np.random.default_rng(0).permutation(names).tolist()
-    held_back = order[: TEST + POOL]
-    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[TEST + POOL :], "val": held_back}]))
-    return held_back[:TEST], held_back[TEST:]
+    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[HELD_BACK:], "val": order[:HELD_BACK]}]))
+    return order[:HELD_BACK]
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, found: dict[str, Any]) -> None:
+    print(line := json.dumps(found), flush=True)
+    with open(file, "a") as f:
+        f.write(line + "\n")
 
 
 if __name__ == "__main__":

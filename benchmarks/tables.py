@@ -72,15 +72,23 @@ def rows_of(name: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparisons(results: list[dict[str, Any]]) -> str:
-    """Arms against each other, with four labels."""
-    lines = ["### arms against each other", "", "| first | second | seeds | Dice | foreground | area |", "|---" * 6 + "|"]
+    """Arms against each other, mean over the numbers of labels that both have."""
+    lines = [
+        "### arms against each other",
+        "",
+        "| first | second | labels | seeds | Dice | foreground | area |",
+        "|---" * 7 + "|",
+    ]
     for one, first, two, second in COMPARED:
+        labels = tuple(n for n in EXPERIMENTS[one].labels if n in EXPERIMENTS[two].labels)
+        rows = rows_of(one, results), rows_of(two, results)
         gaps = [
-            difference(matrix(rows_of(one, results), first, (4,), what), matrix(rows_of(two, results), second, (4,), what))
+            difference(matrix(rows[0], first, labels, what), matrix(rows[1], second, labels, what))
             for what in ("dice", "foreground", "area")
         ]
         if gaps[0] is not None:
-            lines.append(f"| {one}: {first} | {two}: {second} | {gaps[0].seeds} | " + " | ".join(map(str, gaps)) + " |")
+            cells = [f"{one}: {first}", f"{two}: {second}", ", ".join(map(str, labels)), gaps[0].seeds, *gaps]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ import torch
 from nnunetv2_cva.installation.hook import recipes_folder
 
 HEADS, SOURCE = "Dataset100_HeadMR", "Dataset200_Head"
-PLANS, CONFIGURATION = "nnUNetResEncUNetMPlans", "small"
+PLANS, PLANNER, CONFIGURATION = "nnUNetResEncUNetMPlans", "nnUNetPlannerResEncM", "small"
 # Target, patch that a CPU can bear. Spacing, kernels and strides are those that nnU-Net plans for it.
 TARGETS = {"Dataset004_Hippocampus": [32, 40, 32], "Dataset021_Sarcoma": [16, 64, 64]}
 VIEW = [32, 32, 32]
@@ -56,6 +56,7 @@ trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations
 trainer.initialize()
 load_pretrained_weights(trainer.network, weights)
 trainer.run_training()
+trainer.perform_actual_validation()
 assert not [m for m in sys.modules if m.startswith("nnunetv2_cva")]
 """
 
@@ -93,10 +94,12 @@ def some_cases(raw: Path, name: str, folder: Path) -> list[str]:
     return cases
 
 
-def add_small(file: Path, patch: list[int]) -> dict:
-    """The target's own 3d_fullres with four narrow stages, the widths of the pretraining; returns the configuration."""
+def add_small(file: Path, patch: list[int] | None, cut: bool) -> dict:
+    """The target's own 3d_fullres with this patch, two cases per step and, where ``cut``, four narrow stages, the widths of the
+    preset tiny; returns the configuration."""
     plans = json.loads(file.read_text())
-    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    planned = plans["configurations"]["3d_fullres"]
+    architecture = planned["architecture"]
     arguments = architecture["arch_kwargs"]
     narrow = {
         "n_stages": 4,
@@ -108,23 +111,28 @@ def add_small(file: Path, patch: list[int]) -> dict:
     }
     plans["configurations"][CONFIGURATION] = {
         "inherits_from": "3d_fullres",
-        "patch_size": patch,
+        "patch_size": patch or planned["patch_size"],
         "batch_size": 2,
-        "architecture": {**architecture, "arch_kwargs": {**arguments, **narrow}},
+        "architecture": {**architecture, "arch_kwargs": {**arguments, **(narrow if cut else {})}},
     }
     file.write_text(json.dumps(plans, indent=2))
-    return {**plans["configurations"]["3d_fullres"], **plans["configurations"][CONFIGURATION]}
+    return {**planned, **plans["configurations"][CONFIGURATION]}
+
+
+def some_images(raw: Path, folder: Path) -> Path:
+    """Some heads in a folder of their own."""
+    heads = folder / "heads"
+    heads.mkdir(exist_ok=True)
+    for image in sorted((raw / HEADS / "imagesTr").iterdir())[:CASES]:
+        shutil.copyfile(image, heads / image.name)
+    return heads
 
 
 def pretrain(raw: Path, folder: Path, epochs: int, iterations: int) -> Path:
     finished = list((folder / "results" / SOURCE).rglob("checkpoint_final.pth"))
     if finished:
         return finished[0]
-    heads = folder / "heads"
-    heads.mkdir(exist_ok=True)
-    for image in sorted((raw / HEADS / "imagesTr").iterdir())[:CASES]:
-        shutil.copyfile(image, heads / image.name)
-    plan = ["--images", heads, "--preset", "tiny", "--view", *VIEW, "-np", 2]
+    plan = ["--images", some_images(raw, folder), "--preset", "tiny", "--view", *VIEW, "-np", 2]
     run(["nnUNetv2_cva", "plan", "-d", SOURCE, *plan], folder)
     run(["nnUNetv2_cva", "preprocess", "-d", SOURCE, "-np", 2], folder)
     os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations, "workers": 0})
@@ -134,12 +142,14 @@ def pretrain(raw: Path, folder: Path, epochs: int, iterations: int) -> Path:
     return checkpoint
 
 
-def finetune_and_predict(raw: Path, folder: Path, name: str, checkpoint: Path, iterations: int) -> str:
+def finetune_and_predict(
+    raw: Path, folder: Path, name: str, checkpoint: Path, iterations: int, patch: list[int] | None, cut: bool
+) -> str:
     """All steps for one target; returns its line of the table."""
     cases = some_cases(raw, name, folder / "raw")
-    planning = ["-c", "3d_fullres", "-pl", "nnUNetPlannerResEncM", "-np", 2]
+    planning = ["-c", "3d_fullres", "-pl", PLANNER, "-np", 2]
     run(["nnUNetv2_plan_and_preprocess", "-d", int(name[7:10]), *planning], folder)
-    settings = add_small(folder / "preprocessed" / name / f"{PLANS}.json", TARGETS[name])
+    settings = add_small(folder / "preprocessed" / name / f"{PLANS}.json", patch, cut)
     weights = folder / f"weights_{name}.pth"
     target = ["-d", name, "-c", CONFIGURATION, "-p", PLANS]
     print(run(["nnUNetv2_cva", "export", checkpoint, *target, "-o", weights], folder))
@@ -150,10 +160,13 @@ def finetune_and_predict(raw: Path, folder: Path, name: str, checkpoint: Path, i
     files = ["-i", folder / "images" / name, "-o", folder / "predicted" / name]
     options = ["-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta"]
     run(["nnUNetv2_predict", *target, *files, *options], folder, plugin=False)
-    return line(name, settings, torch.load(weights, weights_only=True)["transfer"], folder / "predicted" / name, cases[0])
+    (summary,) = (folder / "results" / name).rglob("validation/summary.json")
+    validated = len(json.loads(summary.read_text())["metric_per_case"])
+    transfer = torch.load(weights, weights_only=True)["transfer"]
+    return line(name, settings, transfer, validated, folder / "predicted" / name, cases[0])
 
 
-def line(name: str, settings: dict, transfer: dict, predicted: Path, case: str) -> str:
+def line(name: str, settings: dict, transfer: dict, validated: int, predicted: Path, case: str) -> str:
     import SimpleITK as sitk
 
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted / f"{case}.nii.gz")))
@@ -161,7 +174,20 @@ def line(name: str, settings: dict, transfer: dict, predicted: Path, case: str) 
     spacing = "x".join(f"{s:.2f}" for s in settings["spacing"])
     shape = "x".join(map(str, labels.shape))
     shares = f"{transfer['encoder_carried']:.1%} | {transfer['encoder_adapted']:.1%}"
-    return f"| {name} | {spacing} | {strides} | {shares} | {case}.nii.gz, {shape}, {len(set(labels.ravel()))} labels |"
+    seen = f"{validated} cases | {case}.nii.gz, {shape}, {len(set(labels.ravel()))} labels"
+    return f"| {name} | {spacing} | {strides} | {shares} | {seen} |"
+
+
+def prepared(raw: Path, folder: Path) -> tuple[Path, Path]:
+    """Both folders, absolute, with what nnU-Net and the processes without the plugin need in the second."""
+    raw, folder = raw.resolve(), folder.resolve()
+    for name in ("raw", "preprocessed", "results"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        os.environ[f"nnUNet_{name}"] = str(folder / name)
+    (folder / "without").mkdir(exist_ok=True)
+    (folder / "without" / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
+    os.environ["nnUNet_compile"] = "f"
+    return raw, folder
 
 
 def main() -> None:
@@ -171,17 +197,11 @@ def main() -> None:
     parser.add_argument("--pretrain", type=int, nargs=2, default=[1, 4], metavar=("EPOCHS", "ITERATIONS"))
     parser.add_argument("--finetune", type=int, default=5, metavar="ITERATIONS")
     args = parser.parse_args()
-    raw, folder = args.raw.resolve(), args.folder.resolve()
-    for name in ("raw", "preprocessed", "results"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        os.environ[f"nnUNet_{name}"] = str(folder / name)
-    (folder / "without").mkdir(exist_ok=True)
-    (folder / "without" / "sitecustomize.py").write_text(WITHOUT_PLUGIN)
-    os.environ["nnUNet_compile"] = "f"
+    raw, folder = prepared(args.raw, args.folder)
     checkpoint = pretrain(raw, folder, *args.pretrain)
-    lines = [finetune_and_predict(raw, folder, name, checkpoint, args.finetune) for name in TARGETS]
+    lines = [finetune_and_predict(raw, folder, n, checkpoint, args.finetune, patch, True) for n, patch in TARGETS.items()]
     print(f"From {checkpoint.name} of {SOURCE}, fine-tuned and predicted by stock nnU-Net without the plugin:\n")
-    print("| target | spacing | strides | encoder carried | adapted | predicted |\n|---|---|---|---|---|---|")
+    print("| target | spacing | strides | encoder carried | adapted | validated | predicted |\n|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 
 

@@ -1,10 +1,12 @@
-"""What the verdict says about runs that are known: nine objectives that learn and four that are made to collapse.
+"""What the verdict says about runs that are known: nine objectives that learn and seven that are made to collapse.
 
     python benchmarks/verdicts.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK [--seeds 0 1 2]
+        [--record tests/recorded_runs.jsonl --also WORK_OF_probes.py]
 
 Every run is short: 8 epochs of 10 iterations of AdamW in bf16, a U-Net of three stages, views of 16x24x16. Its metrics go, one
 line for a run, to WORK/verdicts.jsonl; the table of what the verdict said, epoch by epoch, to standard output. What is done is
-not done again. The test of the verdict reads a copy of these lines, tests/recorded_runs.jsonl.
+not done again. ``--record`` writes what the verdict reads of them, a list per metric, for its test; ``--also``: with the
+trainings of 32 epochs of probes.py.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,18 @@ import numpy as np
 import torch
 from hippocampus import NAME, PLANS, prepare
 
+from nnunetv2_cva.seeing.verdict import MOVES
+
 CONFIGURATION, STAGES = "verdicts", 3
 HEALTHY = ("", "AE", "MAE", "MAE_CVA", "MAE_CCVA", "MAE_Cont", "MAE_CCVA_Cont", "Gram", "Cont")
 ALONE = {"reconstruction_weight": 0.0, "contrastive_weight": 0.0, "mask_ratio": 0.0}
 COLLAPSING = {
     "no stop-gradient": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
     "no stop-gradient, constant images": {**ALONE, "teacher_momentum": 0.0, "learning_rate": 3e-3},
+    "mask 0, constant images": {"mask_ratio": 0.0},
     "huge learning rate": {"learning_rate": 0.3},
+    "huge learning rate, MAE": {"learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 0.0},
+    "huge learning rate, Cont": {**ALONE, "learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 1.0},
     "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
 }
 ORDER = (*COLLAPSING, *HEALTHY)
@@ -39,13 +47,21 @@ def trainer_class(name: str) -> type:
         wanted = "_".join(part for part in ("nnUNetTrainerCVA", name) if part)
         return next(getattr(m, wanted) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, wanted))
 
+    def shown(batch: dict) -> dict:
+        if name.endswith("constant images"):
+            batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
+        return batch
+
     class Collapsing(nnUNetTrainerCVA.nnUNetTrainerCVA):
         """Made to."""
 
         def train_step(self, batch: dict) -> dict:
-            if name.endswith("constant images"):
-                batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
-            return super().train_step(batch)
+            return super().train_step(shown(batch))
+
+        def watch(self) -> dict:
+            if name.startswith("mask 0"):
+                self.watched_batches = [shown(batch) for batch in self.watched_batches]
+            return super().watch()
 
         def objective(self, student, teacher, batch, config, cases=None):
             if not name.startswith("no stop-gradient"):
@@ -75,6 +91,7 @@ def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
     weights = Path(trainer.output_folder) / "checkpoint_final.pth"
     if weights.is_file():
         weights.rename(keep / f"{name or 'default'}_{seed}.pth".replace(" ", "_").replace(",", ""))
+    shutil.rmtree(trainer.output_folder)  # the next one of this class would be refused there
     drop = ("seconds", "data_wait")
     return [{k: _short(v) for k, v in e.items() if k not in drop} for e in trainer.history.epochs]
 
@@ -108,6 +125,29 @@ def configure(dataset: Path) -> None:
     (dataset / "splits_final.json").write_text(json.dumps([{"train": order[40:], "val": order[:40]}]))
 
 
+def recorded(runs: list[dict[str, Any]]) -> str:
+    """A line for every run, with a list of every metric that the verdict reads: one number where it never changes."""
+    reads = {"effective_rank", "spread", "effective_rank_start", "spread_start", "consistency_loss", "retrieval_chance"}
+    reads |= {"teacher_distance", "reconstruction_null", *MOVES}
+    lines = []
+    for r in runs:
+        metrics = {k: [float(f"{e[k]:.6g}") for e in r["epochs"]] for k in r["epochs"][0] if k in reads}
+        short = {k: v[0] if len(set(v)) == 1 else v for k, v in metrics.items()}
+        line = {"run": r["run"] or "default", "seed": r["seed"], "epochs": len(r["epochs"]), "metrics": short}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    return "".join(lines)
+
+
+def longer(folder: Path) -> list[dict[str, Any]]:
+    """The trainings of probes.py."""
+    found = []
+    for file in sorted(folder.glob("[CM]*__*/fold_0/metrics.jsonl")):
+        row, seed = file.parts[-3].split("__")[0].split("_")
+        epochs = [json.loads(line) for line in file.read_text().splitlines()]
+        found.append({"run": f"{'default' if row == 'CVA' else row}, {len(epochs)} epochs", "seed": int(seed), "epochs": epochs})
+    return found
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """What was said after every epoch."""
     from nnunetv2_cva.seeing.verdict import verdict
@@ -126,6 +166,8 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--also", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -139,7 +181,10 @@ def main() -> None:
                 line = json.dumps({"run": name, "seed": seed, "epochs": run(name, seed, args.folder)})
                 with open(file, "a") as f:
                     f.write(line + "\n")
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    runs = [json.loads(line) for line in file.read_text().splitlines()] + (longer(args.also) if args.also else [])
+    if args.record:
+        args.record.write_text(recorded(runs))
+    print(table(runs))
 
 
 if __name__ == "__main__":

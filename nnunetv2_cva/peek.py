@@ -26,7 +26,7 @@ from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.data import open_cases
 from nnunetv2_cva.training.objective import prepare
-from nnunetv2_cva.transfer import target
+from nnunetv2_cva.transfer.target import settings_of
 from nnunetv2_cva.views.index import read_index
 from nnunetv2_cva.views.loader import Cases, PairDataset
 
@@ -144,15 +144,12 @@ def _pairs(cases: Cases, most: int, size: list[int], config: CVAConfig, recipe: 
 
 
 def _config_of(recipe: Recipe, said: list[str]) -> CVAConfig:
-    """The settings of a recipe, by nnU-Net's look-up; those of the default one where nnU-Net does not find it."""
-    if recipe.name == Recipe().name:
-        return DEFAULT
+    """The settings of a recipe; those of the default one where nnU-Net does not find it."""
     try:
-        config: CVAConfig = target.trainer_class(recipe.name).config
+        return settings_of(recipe.name)
     except ValueError as e:
         said.append(f"NOTE: the views are drawn with the default recipe's settings. {e}")
         return DEFAULT
-    return config
 
 
 def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe: Recipe) -> ShownPair:
@@ -162,4 +159,5 @@ def _pair(cases: Cases, number: int, size: list[int], config: CVAConfig, recipe:
     block = TOKEN if recipe.is_primus else (config.block_edge(size),) * 3
     ready = prepare(batch, config, block, torch.device("cpu"), config.seed, number)
     title = f"{_title(key, cases.shape(key))}, overlap {float(batch['overlap'][0]):.2f}"
-    return ShownPair(title, ready.views[:, 0].numpy(), ready.visible[:, 0].numpy(), ready.rois.numpy())
+    hidden = None if ready.hidden is None else ready.hidden[:, 0].numpy()
+    return ShownPair(title, ready.views[:, 0].numpy(), ready.inside[:, 0].numpy(), hidden, ready.rois.numpy())

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.targets import pretraining, randomised, stock_checkpoint, target
+from dynamic_network_architectures.architectures.primus import Primus
+from helpers.targets import call, planned, pretraining, randomised, stock_checkpoint, target
 
 import nnunetv2_cva
 from nnunetv2_cva import CVAConfig, draw_pair, load_network, read_pair
+from nnunetv2_cva.seeing.frozen import load_frozen
 from nnunetv2_cva.transfer import target as target_module
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
@@ -80,7 +82,49 @@ def test_every_network_is_loaded_with_every_tensor(tmp_path, monkeypatch, family
     assert not loaded.network.training and all(p.requires_grad for p in loaded.network.parameters())
 
 
-def test_a_file_that_does_not_say_how_its_network_is_built(tmp_path):
-    torch.save({"network_weights": target().build().state_dict()}, tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match="does not state how its network is built"):
+@pytest.mark.parametrize("axes", ["residual", "plain", "residual, anisotropic", "primus"])
+def test_a_state_dict_alone_is_built_from_its_shapes(tmp_path, axes):
+    """The same function as the network that was saved."""
+    if axes == "primus":
+        made = Primus(2, 132, (8, 8, 8), 3, 2, 2, (16, 16, 16), init_values=0.1, scale_attn_inner=True)
+        network, view = randomised(made).eval(), (16, 16, 16)
+    else:
+        family, _, anisotropic = axes.partition(", ")
+        kernels = ((1, 3, 3), (3, 3, 3), (3, 3, 3)) if anisotropic else None
+        strides = ((1, 1, 1), (1, 2, 2), (2, 2, 2)) if anisotropic else ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+        target_ = target(family, channels=2, classes=3, kernels=kernels, strides=strides, blocks=(2, 1, 3))
+        network, view = randomised(target_.build(deep_supervision=False)).eval(), target_.view
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    loaded = load_network(tmp_path / "bare.pth")
+    x = torch.randn(1, 2, *view)
+    with torch.no_grad():
+        assert torch.equal(network(x), loaded.network(x))
+    assert [m.shape[1] for m in loaded.maps(x)] == [t.channels for t in loaded.taps]
+
+
+@pytest.mark.parametrize("kind", ["no decoder", "Primus, other view", "Primus V3", "more"])
+def test_what_shapes_leave_open_is_said_with_what_to_do(tmp_path, kind):
+    network = target({"Primus, other view": "primus", "Primus V3": "primus V3"}.get(kind, "residual")).build()
+    weights = {k: v for k, v in network.state_dict().items() if kind != "no decoder" or k.startswith("encoder.")}
+    if kind == "more":
+        weights["encoder.stages.0.blocks.0.squeeze.weight"] = torch.zeros(3)
+    torch.save({"network_weights": weights}, tmp_path / "bare.pth")
+    said = {
+        "no decoder": "the strides of its stages show in the upsampling of a decoder only",
+        "Primus, other view": "positions are no cube",
+        "Primus V3": "Primus V2/V3 is none that plans describe",
+        "more": "nnU-Net builds no network of these shapes that has encoder.stages.0.blocks.0.squeeze",
+    }[kind]
+    with pytest.raises(ValueError, match=f"does not state how its network is built, and .*{said}.*with `nnUNetv2_cva export`"):
         load_network(tmp_path / "bare.pth")
+
+
+def test_a_file_made_for_a_target_says_how_images_are_preprocessed(tmp_path, monkeypatch):
+    """The way for weights that say nothing: the target's plans count for them."""
+    made = target(name="Dataset004_Other")
+    planned(tmp_path / "preprocessed", made, monkeypatch)
+    encoder = {k: v for k, v in made.build().state_dict().items() if k.startswith("encoder.")}
+    torch.save({"network_weights": encoder}, tmp_path / "bare.pth")
+    assert call("export", tmp_path / "bare.pth", "-d", 4, "-c", "3d_fullres", "-o", tmp_path / "w.pth") == 0
+    frozen = load_frozen(tmp_path / "w.pth")
+    assert frozen.view == made.view and frozen.plans["plans_name"] == "nnUNetPlans"

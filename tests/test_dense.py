@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers.networks import unet
+from helpers.networks import primus, unet
 from test_taps import averaging
 
+from nnunetv2_cva.model.families import PRIMUS_V1
+from nnunetv2_cva.model.primus import PrimusBackbone
 from nnunetv2_cva.model.taps import Tap, unet_taps
 from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, on_grid, place_windows, window_vectors
 
@@ -77,6 +79,30 @@ def test_a_map_of_nnunets_network_registers_with_its_image_to_a_tenth_of_a_voxel
         for m, gain in zip(dense_maps(along, encoder, taps, view, 0.5), gains):
             upsampled = on_grid([m], size, exactly=True)[0] / gain
             assert (upsampled[middle] - along[0][middle]).abs().max() < 0.1, (axis, m.stride)
+
+
+@pytest.mark.parametrize("size", [(48, 64, 40), (24, 32, 16), (46, 61, 43)], ids=["larger", "smaller", "not divisible"])
+def test_a_map_of_a_primus_registers_with_its_image_to_a_tenth_of_a_voxel(size):
+    """Its tokenizer averages, its transformer lets tokens pass: every token is the coordinate of its middle. Outside the image
+    are zeros: where an image of ones is less than one, some are in the token, and the ramp says nothing."""
+    network, view = primus(size=(32, 48, 16)).eval(), (32, 48, 16)
+    convolution = network.down_projection.proj
+    torch.nn.init.constant_(convolution.weight, 1 / convolution.weight[0].numel())
+    torch.nn.init.zeros_(convolution.bias)
+    torch.nn.init.zeros_(network.eva.pos_embed)
+    network.eva.blocks, network.eva.norm = torch.nn.ModuleList(), torch.nn.Identity()
+    modules, taps = PRIMUS_V1.modules(network), PrimusBackbone.taps_of(network)
+
+    def upsampled(image):
+        (found,) = dense_maps(image, lambda v: PrimusBackbone.encode(modules, v)[0], taps, view)
+        assert found.stride == (8, 8, 8)
+        return on_grid([found], size, exactly=True)[0]
+
+    whole = upsampled(torch.ones(1, *size)) > 0.9999
+    for axis, along in enumerate(ramp(size)):
+        among = whole & (along > 4) & (along < size[axis] - 4)  # beyond the outermost tokens nothing is interpolated
+        assert among.any(dim=tuple(a for a in range(3) if a != axis)).sum() >= 6, axis
+        assert (upsampled(along[None]) - along)[among].abs().max() < 0.1, axis
 
 
 def test_one_window_is_the_networks_own_map():

@@ -3,12 +3,14 @@
 import csv
 
 import blosc2
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from helpers.images import voxels, write
-from helpers.targets import call, pretraining, target
+from helpers.targets import call, pretraining, randomised, stock_checkpoint, target
+from test_nnssl_format import open_mind
 
 from nnunetv2_cva.seeing import embedding
 from nnunetv2_cva.seeing.dense import DenseMap, on_grid
@@ -93,6 +95,89 @@ def test_maps_as_arrays_say_where_their_cells_are(weights, images, tmp_path):
     place = stored.schunk.vlmeta["cva"]
     assert place["stride"] == stride.tolist() == [2, 2, 2] and place["offset"] == offset.tolist()
     assert values.shape[0] == 6
+
+
+def lps_of(array_index, image):
+    """Where in the world a voxel of the array is: the laws of the format itself."""
+    return image.TransformContinuousIndexToPhysicalPoint([float(v) for v in array_index[::-1]])
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [
+        pytest.param((-1, 0, 0, 0, -1, 0, 0, 0, 1), id="flipped"),
+        pytest.param((0, 0, -1, 1, 0, 0, 0, 1, 0), id="permuted and flipped"),
+        pytest.param((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1), id="oblique"),
+    ],
+)
+def test_a_map_of_an_image_with_other_axes_lies_on_it(weights, tmp_path, direction):
+    """The features of a bright ball stand out where in the world the ball is, to 3 mm; an axis flipped or exchanged would be
+    8 mm or more."""
+    shape, ball = (22, 30, 26), (15, 9, 17)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    volume = np.random.default_rng(0).normal(100, 1, shape) + 1000 * (((grid - ball) ** 2).sum(-1) < 16)
+    image = sitk.GetImageFromArray(volume.astype(np.float32))
+    image.SetDirection(direction)
+    image.SetSpacing((1.2, 0.9, 1.0))
+    image.SetOrigin((-30, 12, 7))
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    assert run(weights, tmp_path / "a.nii.gz", tmp_path / "out", "--level", "dense", "--taps", 0, "--format", "nifti") == 0
+    found = sitk.ReadImage(str(tmp_path / "out" / "a_tap0.nii.gz"))
+    values = sitk.GetArrayFromImage(found)
+    assert values.shape == (*shape, 4)
+    far = np.abs(values - np.median(values, axis=(0, 1, 2))).sum(-1)
+    place = np.argwhere(far > 0.5 * far.max()).mean(0)
+    np.testing.assert_allclose(lps_of(place, found), lps_of(ball, image), atol=3)
+    corner = [n - 1 for n in shape]
+    np.testing.assert_allclose(lps_of(corner, found), lps_of(corner, image), atol=1e-3)
+
+
+def test_a_map_of_an_image_with_skewed_axes_lies_on_it(weights, tmp_path):
+    """SimpleITK refuses such a file and nnU-Net's other reader takes it: the map has that file's affine, and a value of its own
+    for each of its voxels."""
+    affine = np.array([[1, 0.3, 0, 5], [0, 1, 0, -7], [0, 0, 1.5, 2], [0, 0, 0, 1.0]])
+    nib.save(nib.Nifti1Image(voxels(0, (26, 30, 22), air=0).astype(np.float32), affine), tmp_path / "a.nii.gz")
+    assert run(weights, tmp_path / "a.nii.gz", tmp_path / "out", "--level", "dense", "--taps", 0, "--format", "nifti") == 0
+    found = nib.load(tmp_path / "out" / "a_tap0.nii.gz")
+    assert found.shape == (26, 30, 22, 1, 4) and found.header.get_intent()[0] == "vector"
+    np.testing.assert_allclose(found.affine, affine, atol=1e-5)
+
+
+def nnssl_unet(path):
+    """In nnssl's layout, encoder only."""
+    return open_mind(path, target(), randomised(target().build()), "ResidualEncoderUNet", drop=["decoder."])
+
+
+def stock_primus(path):
+    """As nnU-Net's trainer of a Primus saves it."""
+    made = target("primus")
+    return stock_checkpoint(path, made, randomised(made.build()))
+
+
+def pretrained_primus(path):
+    """A pretraining's."""
+    pretraining(path, target("primus"))
+    return path
+
+
+@pytest.mark.parametrize("make, channels, grid", [(nnssl_unet, 18, 1), (stock_primus, 48, 8), (pretrained_primus, 48, 8)])
+def test_any_weights_that_info_reads_are_a_source(make, channels, grid, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunetv2_cva.transfer.target.trainer_class", lambda name: target("primus").trainer)
+    file = make(tmp_path / "foreign.pth")
+    assert run(file, images, tmp_path / "image") == 0
+    with np.load(tmp_path / "image" / embedding.VECTORS) as content:
+        assert content["vectors"].shape == (3, channels) and np.isfinite(content["vectors"]).all()
+        assert np.ptp(content["vectors"], axis=0).max() > 1e-3, "images differ"
+    assert run(file, images, tmp_path / "dense", "--level", "dense", "--taps", 0) == 0
+    with np.load(tmp_path / "dense" / "scan_2.npz") as content:
+        assert content["tap0_stride"].tolist() == [grid] * 3
+        cells = [len([c for c in range(99) if 0 <= s * (c + 0.5) + o < n]) for s, o, n in zip(*place(content))]
+        assert list(content["tap0"].shape[1:]) == cells, "the cells whose centre lies in the image"
+
+
+def place(content):
+    """Of tap 0: stride, offset, and the size of the image."""
+    return content["tap0_stride"], content["tap0_offset"], content["size"]
 
 
 def test_a_map_in_nifti_lies_on_its_image(weights, images, tmp_path):

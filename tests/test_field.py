@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import html
 import io
 import json
 import locale
@@ -18,6 +19,7 @@ import tifffile
 from helpers.dicom import write_series
 from helpers.images import labelled_dataset, nnunet_folders, voxels, write, write_several
 from helpers.projects import plans as tiny_plans
+from helpers.targets import pretraining
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva.commands import main
@@ -34,6 +36,7 @@ from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.datasets.user_changes import Recipe, save_plans, save_targets
 from nnunetv2_cva.training.messages import closing
 from nnunetv2_cva.transfer.table import data_warnings
+from nnunetv2_cva.transfer.target import Target
 
 
 def looked_at(*files):
@@ -305,6 +308,33 @@ def test_a_series_that_is_no_even_stack_is_rejected_with_its_reason(tmp_path, od
     assert match in inspect_case(case).reason
 
 
+def repacked(file, syntax):
+    """A DICOM file that says it is packed by ``syntax``, with one fragment of what that might be."""
+    content = file.read_bytes()
+    at = content.index(b"\x02\x00\x10\x00UI")
+    length = int.from_bytes(content[at + 6 : at + 8], "little")
+    value = syntax.encode() + b"\0" * (len(syntax) % 2)
+    group = int.from_bytes(content[140:144], "little") + len(value) - length
+    head = content[:140] + group.to_bytes(4, "little") + content[144 : at + 6] + len(value).to_bytes(2, "little") + value
+    tags = content[at + 8 + length : content.index(b"\xe0\x7f\x10\x00")]
+    item, end = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
+    pixels = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff" + item + bytes(4) + item + (64).to_bytes(4, "little") + bytes(range(64))
+    file.write_bytes(head + tags + pixels + end)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.999", "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.201"])
+def test_a_packing_that_is_not_read_is_named(tmp_path, syntax):
+    """Unknown to everybody, MPEG-2, high-throughput JPEG 2000: counted with the files not read, or rejected."""
+    write_series(tmp_path / "s", voxels(1, (12, 20, 18)), "1.2.3.4")
+    for path in (tmp_path / "s").iterdir():
+        repacked(path, syntax)
+    told = f"DICOM that cannot be read (transfer syntax {syntax})"
+    write(tmp_path / "good.nii.gz", voxels(2))
+    listed = found(tmp_path)
+    reasons = [r for c in listed.cases if (r := inspect_case(c).reason)]
+    assert listed.unread == {told: 12} or (len(reasons) == 1 and reasons[0].startswith(told)), (listed.unread, reasons)
+
+
 def test_every_file_is_used_rejected_or_counted(tmp_path):
     write_several(tmp_path / "x", 2)
     for name in ("a.png", "b.png", "notes", ".DS_Store", "Dataset/labelsTr/a.nii.gz", "Dataset/imagesTr/a_0000.nii.gz"):
@@ -402,6 +432,27 @@ def test_the_end_of_a_training_says_what_plan_said(planned):
     after = [line.strip() for line in out[out.index("After that") :].splitlines()]
     expected = [re.sub(r'"\$nnUNet_results.*?"', "'/my results/x.pth'", line) for line in after]
     assert said[1:] == expected
+
+
+def test_info_and_report_say_what_plan_said(planned, tmp_path, capsys):
+    """Line by line, with the checkpoint's own place; report also on its page."""
+    _, preprocessed, out = planned
+    folder = tmp_path / "nnUNetTrainerCVA__nnUNetPlansCVA__3d_fullres_cva" / "fold_all"
+    folder.mkdir(parents=True)
+    source = preprocessed / "Dataset500_Mix"
+    plans, dataset = (json.loads((source / f).read_text()) for f in ("nnUNetPlansCVA.json", "dataset.json"))
+    weights = folder / "checkpoint_final.pth"
+    pretraining(weights, Target(plans, "3d_fullres_cva", dataset, nnUNetTrainer))
+    (folder.parent / "plans.json").write_text(json.dumps(plans))
+    (folder / "cva_config.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"epoch": 0, "total_loss": 1.0, "seconds": 1.0}\n')
+    after = [line.strip() for line in out[out.index("After that") :].splitlines()]
+    expected = [re.sub(r'"\$nnUNet_results.*?"', str(weights), line) for line in after]
+    assert len(expected) >= 4
+    for command in (["info", str(weights)], ["report", str(folder)]):
+        assert main.main(command) == 0
+        assert capsys.readouterr().out.splitlines()[-len(expected) :] == expected
+    assert all(html.escape(line) in (folder / "report.html").read_text() for line in expected)
 
 
 def test_names_with_spaces_are_quoted(planned):

@@ -144,7 +144,7 @@ def test_it_is_checked_and_exported_with_its_parts(trained, known, tmp_path, mon
 def test_a_second_stage_starts_from_it_heads_and_all(trained):
     file, student, _ = trained
     network = randomised(Tower(1, 1), seed=3)
-    start_from(str(file), network, (16, 24, 8))
+    start_from(str(file), network, target(view=(16, 24, 8)))
     assert torch.equal(network.body[2][0].weight, student.backbone.network.body[2][0].weight)
     again = Student(TowerBackbone(network, SMALL), SMALL)
     assert carry_heads(file, again) == "Heads from the file: projector, predictor, output layer; new: none."

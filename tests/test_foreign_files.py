@@ -117,11 +117,14 @@ PUBLISHED = {  # OpenMind's and nnssl's trainers: family, what stands before the
     "ResEncL-VF": ("residual", "", ("decoder.seg_layers",), ()),
     "ResEncL-MG": ("residual", "", (), ()),
     "ResEncL-S3D": ("residual", "", (), ()),
+    "ResEncL-SparK": ("residual", "", (), ("mask_token",)),
+    "nnFoundationCNN": ("residual", "", (), ()),
     "ResEncL-VoCo": ("residual", "", ("decoder.",), ("projector.0.weight",)),
     "ResEncL-SimCLR": ("residual", "", ("decoder.",), ("projector.0.weight",)),
     "ResEncL-SwinUNETR": ("residual", "", ("decoder.",), ("rotation_head.weight", "contrastive_head.weight")),
     "PrimusM-MAE": ("primus", "", ("up_projection.", "mask_token"), ("decoder.blocks.0.norm1.weight",)),
     "PrimusM-SimMIM": ("primus", "", ("up_projection.",), ("decoder.weight",)),
+    "nnFoundationViT": ("primus", "", ("up_projection.", "mask_token"), ("decoder.blocks.0.norm1.weight",)),
     "PrimusM-VF": ("primus", "", ("mask_token",), ()),
     "PrimusM-MG": ("primus", "", ("mask_token",), ()),
     "PrimusM-VoCo": ("primus", "encoder.", ("up_projection.", "mask_token"), ("projector.0.weight",)),
@@ -140,8 +143,11 @@ def test_every_published_layout_is_carried_tensor_by_tensor(tmp_path, name, wrap
     architecture = "ResidualEncoderUNet" if family == "residual" else "PrimusM"
     file = open_mind(tmp_path / "o.pth", made, network, architecture, trainer=name, **stated)
     content = torch.load(file, weights_only=True)
-    weights = converted(network) if name.endswith("S3D") else network.state_dict()
+    weights = converted(network) if name.endswith(("S3D", "SparK")) else network.state_dict()
     kept = {f"{wrapped}{prefix}{k}": v for k, v in weights.items() if not k.startswith(dropped or "-")}
+    if name.startswith("nnFoundation"):
+        (stated_for,) = content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"].values()
+        stated_for["spacing"] = None
     content["network_weights"] = {**kept, **{f"{wrapped}{k}": torch.randn(2, 3) for k in beside}}
     torch.save(content, file)
     transfer = carried(file, network, made)

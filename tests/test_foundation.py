@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
-from helpers.projects import FAST, NAME, make_project, make_trainer, train
+from helpers.projects import FAST, NAME, add_labels, make_project, make_trainer, train
 from helpers.targets import call, planned, pretraining, randomised, target
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_PrimusOfPlans import (
@@ -43,10 +45,13 @@ def known(monkeypatch):
     monkeypatch.setattr(target_module, "trainer_class", found.get)
 
 
-def foundation(path, network):
-    """As nnFoundation's ViT comes: an architecture of a name that is not among nnssl's four, images that were not resampled."""
+def foundation(path, network, heads=None):
+    """As nnFoundation's ViT comes: an architecture of a name that is not among nnssl's four, images that were not resampled.
+    ``heads``: where they are not of 66 or 72 channels."""
     open_mind(path, target("primus"), network, "PrimusXL", ["up_projection.", "mask_token"], "BaseEvaMAETrainer")
     content = torch.load(path, weights_only=True)
+    if heads:
+        content["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"] = {"eva_numheads": heads}
     plan = content["nnssl_adaptation_plan"]["pretrain_plan"]
     plan["configurations"] = {"noresample": {**plan["configurations"]["onemmiso"], "spacing": None}}
     torch.save(content, path)
@@ -92,25 +97,31 @@ def test_the_rule_for_heads_holds_for_all_that_are_published(size):
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
 
 
-def test_another_width_is_refused():
-    with pytest.raises(ValueError, match="A Primus of 48 channels: expected a multiple of 66 or 72"):
-        primus_arguments(vit(width=48).state_dict())
+def test_heads_of_another_width_have_to_be_stated():
+    network = vit(width=96, heads=4)
+    with pytest.raises(ValueError, match="A Primus of 96 channels: expected a multiple of 66 or 72, or a number of heads"):
+        primus_arguments(network.state_dict())
+    with pytest.raises(ValueError, match="a number of heads that divides them as eva_numheads"):
+        primus_arguments(network.state_dict(), {"eva_numheads": 5})
+    assert primus_arguments(network.state_dict(), {"eva_numheads": 4})["eva_numheads"] == 4
 
 
 # ---- from the file to plans, a pretraining, a fine-tuning
 
 
-def test_plans_with_the_network_of_a_file_pretrain_and_fine_tune(tmp_path, monkeypatch, known, capsys):
-    """A file like nnFoundation's -> plans of its network -> pretraining from it -> a file for the target -> its fine-tuning."""
-    network = vit()
-    file = foundation(tmp_path / "vit.pth", network)
+@pytest.mark.parametrize(("width", "heads"), [(132, None), (72, 4)])
+def test_plans_with_the_network_of_a_file_pretrain_and_fine_tune(tmp_path, monkeypatch, known, capsys, width, heads):
+    """A file like nnFoundation's -> plans of its network -> pretraining from it -> a file for the target -> its fine-tuning ->
+    prediction."""
+    network = vit(width, heads=heads or 2)
+    file = foundation(tmp_path / "vit.pth", network, heads)
     assert call("info", file) == 0
     said = capsys.readouterr().out
-    assert "spacing        not resampled" in said and "Primus V1, 1 input channel, width 132, depth 3" in said
+    assert "spacing        not resampled" in said and f"Primus V1, 1 input channel, width {width}, depth 3" in said
     assert "decoder        none in the file" in said
-    assert load_network(file).taps[0].channels == 132
+    assert load_network(file).taps[0].channels == width
 
-    make_project(tmp_path, monkeypatch, view=VIEW)
+    add_labels(make_project(tmp_path, monkeypatch, view=VIEW))
     assert call("export", file, "--format", "plans", "-d", 100, "-c", "3d_fullres", "-o", "nnUNetPlansViT") == 0
     plans_file = tmp_path / "preprocessed" / NAME / "nnUNetPlansViT.json"
     plans = json.loads(plans_file.read_text())
@@ -129,7 +140,7 @@ def test_plans_with_the_network_of_a_file_pretrain_and_fine_tune(tmp_path, monke
     assert f"-tr {nnUNetTrainerPrimusOfPlans.__name__}" in log
 
     # Fine-tuning of a target with the same plans: by the plain trainer or our recipe, whose checkpoints carry its name.
-    there = Target(plans, "3d_fullres", {**target(classes=3).dataset_json}, nnUNetTrainerPrimusOfPlans)
+    there = Target(plans, "3d_fullres", {**target(classes=2).dataset_json}, nnUNetTrainerPrimusOfPlans)
     planned(tmp_path / "other", there, monkeypatch)
     pretrained = Path(trainer.output_folder) / "checkpoint_final.pth"
     to = ("-d", 100, "-c", "3d_fullres", "-p", "nnUNetPlansViT", "-tr", nnUNetTrainerPrimusOfPlans.__name__)
@@ -139,7 +150,20 @@ def test_plans_with_the_network_of_a_file_pretrain_and_fine_tune(tmp_path, monke
     load_pretrained_weights(loaded, str(tmp_path / "w.pth"))
     for key, value in trainer.network.eva.state_dict().items():
         assert torch.equal(value, loaded.eva.state_dict()[key])
-    assert nnUNetTrainerCVAFinetune_PrimusOfPlans.stock_trainer() is nnUNetTrainerPrimusOfPlans
+    assert {b.attn.num_heads for b in loaded.eva.blocks} == {heads or 2}
+
+    # Our recipe, one iteration from that file, and nnU-Net's predictor with what it saved.
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_cva_finetune", json.dumps({"epochs": 1, "iterations_per_epoch": 1}))
+    tuned = make_trainer(nnUNetTrainerCVAFinetune_PrimusOfPlans, weights=str(tmp_path / "w.pth"))
+    tuned.num_val_iterations_per_epoch = 1
+    tuned.run_training()
+    monkeypatch.setattr(predict_from_raw_data, "recursive_find_trainer_class_by_name", target_module.trainer_class)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, use_mirroring=False)
+    predictor.initialize_from_trained_model_folder(tuned.output_folder_base, use_folds=("all",))
+    assert predictor.trainer_name == nnUNetTrainerPrimusOfPlans.__name__
+    assert predictor.predict_logits_from_preprocessed_data(torch.randn(1, 20, 30, 40)).shape == (2, 20, 30, 40)
 
 
 def test_nnunet_finds_the_trainer_by_its_name_in_the_recipes_folder(monkeypatch):

@@ -1,5 +1,6 @@
 """Weights to and from a hub: the folder that is uploaded, its reading, and fetching from a local server, online and offline."""
 
+import functools
 import json
 import os
 import re
@@ -7,16 +8,22 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from helpers.hub import serving
-from helpers.targets import call, pretraining, stock_checkpoint, target
+from helpers.images import write
+from helpers.targets import call, planned, pretraining, stock_checkpoint, target
 from safetensors import safe_open
+from test_look import phantom
 
 from nnunetv2_cva import load_network
+from nnunetv2_cva.comparing.arms import named
 from nnunetv2_cva.transfer.adapt import match
 from nnunetv2_cva.transfer.hub import located
 from nnunetv2_cva.transfer.read import read
+from nnunetv2_cva.transfer.start import start_from
 from nnunetv2_cva.transfer.weights import opened, to_safetensors
 
 FILES = ["README.md", "adaptation_plan.json", "checkpoint_final.pth", "config.json", "model.safetensors", "progress.png"]
@@ -189,6 +196,38 @@ def test_anywhere_a_file_is_accepted_the_hub_is_too_and_offline_the_cache_is_eno
     assert offline[:2] == said[:2] and "is not in huggingface_hub's cache" in offline[2]
     gone = asking(tmp_path / "home", endpoint, good[0])
     assert gone == said[:1], "the server is gone, the cache is not"
+
+
+def test_every_command_takes_addresses_of_the_hub(published, tmp_path, monkeypatch, capsys):
+    """Commands that look at the file itself, too: when it was written, what it is called, what it holds."""
+    root, address = tmp_path / "root", "hf://org/both"
+    shutil.copytree(published[0], root / "org" / "both")
+    planned(tmp_path / "preprocessed", target(name="Dataset009_Blobs"), monkeypatch)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    dataset = tmp_path / "raw" / "Dataset009_Blobs"
+    for n in range(4):
+        volume = phantom((n, 0, 0), name="").voxels[0].numpy()
+        write(dataset / "imagesTr" / f"b{n}_0000.nii.gz", (100 * volume + 50).astype(np.float32), (1.0, 1.0, 1.0))
+        write(dataset / "labelsTr" / f"b{n}.nii.gz", (volume > 0.2).astype(np.uint8), (1.0, 1.0, 1.0))
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (dataset / "dataset.json").write_text(json.dumps(about))
+    images, to, cpu = sorted((dataset / "imagesTr").iterdir())[:2], ("-d", 9, "-c", "3d_fullres"), ("-device", "cpu")
+    with serving(root) as (endpoint, asked):
+        fetch = functools.partial(huggingface_hub.hf_hub_download, endpoint=endpoint, cache_dir=tmp_path / "cache")
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+        assert call("info", address) == 0
+        assert call("check", address, *to) == 0
+        assert call("export", address, *to, "-o", tmp_path / "w.pth") == 0
+        for _ in range(2):  # what is there is not done again
+            assert call("embed", address, "-i", *images, "-o", tmp_path / "embedded", *cpu) == 0
+        assert call("look", address, "-i", *images, "-o", tmp_path / "looked", "--count", 1, *cpu) == 0
+        probed = ("--labelled", 2, "--seeds", 1, *cpu)
+        assert call("probe", address, f"{address}/model.safetensors", "-d", 9, "-o", tmp_path / "probed", *probed) == 0
+        assert named([address, f"{address}@v1", str(tmp_path / "w.pth")]) == ["both", "both_v1", "w"]
+        with pytest.raises(ValueError, match="has no file missing.pth"):
+            named([f"{address}/missing.pth"])
+        start_from(address, target().build(), target())
+    assert "org/both/resolve" in "".join(asked)
 
 
 def test_stock_checkpoints_are_not_published_as_pretrained(tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.images import labelled_dataset, nnunet_folders, voxels, write
 from helpers.projects import plans as tiny_plans
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -89,9 +90,9 @@ def test_the_settings_of_the_plans_are_those_of_the_views(folders, monkeypatch):
     monkeypatch.setattr(pictures, "view_pairs", lambda pairs, _: shown.extend(pairs))
     assert call("peek", "--pairs", 2) == 0
     for pair in shown:
-        hidden = (pair.visible == 0) & (pair.views != 0)
-        blocks = hidden[:, :16, :24, :16].reshape(2, 4, 4, 6, 4, 4, 4).any(axis=(2, 4, 6))
-        assert pair.views.shape == (2, 16, 24, 16) and 0.3 < blocks.mean() <= 0.5
+        blocks = pair.hidden.reshape(2, 4, 4, 6, 4, 4, 4)
+        assert pair.views.shape == pair.inside.shape == (2, 16, 24, 16) and pair.inside.any()
+        assert blocks.any(axis=(2, 4, 6)).mean() == blocks.all(axis=(2, 4, 6)).mean() == 0.5
         assert (pair.rois[:, 1] > pair.rois[:, 0]).all()
 
 
@@ -111,9 +112,9 @@ def test_a_primus_hides_tokens(folders, monkeypatch):
     assert call("peek", "-p", "nnUNetPrimus", "--pairs", 3) == 0
     assert asked == ["nnUNetTrainerCVA_PrimusM"] and len(shown) == 3
     for pair in shown:
-        tokens = ((pair.visible == 0) & (pair.views != 0)).reshape(2, 2, 8, 3, 8, 2, 8)
-        assert (tokens.any(axis=(2, 4, 6)).sum(axis=(1, 2, 3)) <= 6).all() and (pair.rois[:, 1] > pair.rois[:, 0]).all()
-    assert sum(int(((p.visible == 0) & (p.views != 0)).any()) for p in shown) >= 2
+        tokens = pair.hidden.reshape(2, 2, 8, 3, 8, 2, 8)
+        assert (tokens.any(axis=(2, 4, 6)).sum(axis=(1, 2, 3)) == 6).all() and (pair.rois[:, 1] > pair.rois[:, 0]).all()
+        assert (tokens.any(axis=(2, 4, 6)) == tokens.all(axis=(2, 4, 6))).all()
 
 
 def test_damaged_cases_are_left_out(folders, tmp_path, capsys):
@@ -190,7 +191,33 @@ def test_the_frame_is_around_what_the_roi_says(mirrored):
     assert (frame.get_y(), frame.get_height()) == (9.5, 20) and (frame.get_x(), frame.get_width()) == (9.5, 10)
     y = float(dot.get_ydata()[0])
     assert abs(y - (29.5 if mirrored else 9.5)) < 2 and (y < 29.5 if mirrored else y > 9.5)
-    assert pictures._middle(roi, 30) == 15
+    assert pictures.middle(roi, 30) == 15
+
+
+def test_a_tile_tells_hidden_and_outside_from_dark(tmp_path):
+    plane = np.linspace(0, 1, 12 * 8).reshape(12, 8)
+    hidden, inside = np.zeros((12, 8), bool), np.ones((12, 8), bool)
+    hidden[:4], inside[:, 6:] = True, False
+    tile = pictures.Tile("view 0, slice 2 of 9", plane, None, hidden, inside)
+    image = pictures._coloured(tile, (0, 1))
+    assert np.allclose(image[:4, :6], to_rgb(pictures.HIDDEN)) and np.allclose(image[:, 6:], to_rgb(pictures.OUTSIDE))
+    assert np.allclose(image[4:, :6], plane[4:, :6, None])
+    assert [h.get_label() for h in pictures._legend([tile])] == ["hidden from the student", "outside of the case"]
+    assert pictures._legend([pictures.Tile("", plane)]) == []
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_rows_of_tiles_fill_the_picture(tmp_path, shape):
+    """No bands between rows of wide or of tall tiles: what is no tile is titles, gaps and a legend."""
+    plane = np.full(shape, 0.5)
+    rows = [(f"case {n}", [pictures.Tile("view 0", plane + n, np.array([[0, 0, 0], [1, 1, 0.5]]))] * 3) for n in range(2)]
+    pictures.tiles(rows, tmp_path / "views.png")
+    image = imread(tmp_path / "views.png")[..., :3]
+    assert image.dtype.kind == "f" and tuple(image[0, 0]) == (1, 1, 1)
+    covered = (image < 0.999).any(axis=2)  # the tiles: one value everywhere
+    wide, high = 3 * pictures.TILE_INCHES * 100, 2 * pictures.TILE_INCHES * 100 * shape[0] / shape[1]
+    assert covered.mean() == pytest.approx(wide * high / covered.size, abs=0.03)
+    assert covered.mean() > 0.6
 
 
 def test_a_window_does_not_depend_on_a_few_bright_voxels():

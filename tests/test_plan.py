@@ -24,7 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_Primus import nnUNetTrainerCVA_PrimusM
 
 from nnunetv2_cva.commands import main
-from nnunetv2_cva.config import DEFAULT, PRIMUS, CVAConfig, resolve
+from nnunetv2_cva.config import DEFAULT, CVAConfig, resolve
 from nnunetv2_cva.datasets import fingerprint, memory_plan, nnunet_plans, user_changes, view_size
 from nnunetv2_cva.datasets.findings import QUANTILES
 from nnunetv2_cva.datasets.inventory import INSPECTION
@@ -626,14 +626,14 @@ def linear(view, cases, mode):
     return 2 + {False: 4, "selective": 2, True: 1}[mode] * cases * np.prod(view) / 1e6
 
 
-def counting(block=None, recipe=None):
-    def measure(plans, name, trainer):
+def counting(block=None, recipe=None, config=DEFAULT):
+    def measure(plans, name, trainer, config):
         found = plans["configurations"][name]
         assert trainer == (recipe or user_changes.Recipe()).trainer and found["inherits_from"] == "3d_fullres"
         return linear(found["patch_size"], found["batch_size"], found["cva"]["gradient_checkpointing"])
 
     plans = {"configurations": {"3d_fullres": {}, "other": {}}}
-    return memory_plan.Counting(plans, "3d_fullres", recipe or user_changes.Recipe(), block or {}, measure)
+    return memory_plan.Counting(plans, "3d_fullres", recipe or user_changes.Recipe(), config, block or {}, measure)
 
 
 def test_what_was_not_counted_is_calculated_from_what_was():
@@ -670,7 +670,8 @@ def test_nothing_fits_onto_no_card():
 
 
 def test_the_recipe_says_what_it_recomputes():
-    assert counting(recipe=user_changes.Recipe("x", "nnUNet_Primus_M_Trainer")).usual == PRIMUS["gradient_checkpointing"]
+    own = DEFAULT.updated({"gradient_checkpointing": "selective"}, "a recipe")
+    assert counting(config=own).usual == "selective" and counting({"gradient_checkpointing": False}, config=own).usual is False
     assert counting().usual == DEFAULT.gradient_checkpointing and counting({"gradient_checkpointing": True}).usual is True
 
 

@@ -1,16 +1,21 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.projects import VIEW, architecture, make_project, make_trainer
+from matplotlib.figure import Figure
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
-from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.config import DEFAULT, CVAConfig
 from nnunetv2_cva.seeding import stream, torch_seed
-from nnunetv2_cva.training import checkpoint, messages
+from nnunetv2_cva.seeing.verdict import verdict
+from nnunetv2_cva.training import checkpoint, launch, messages
+from nnunetv2_cva.training import metrics as metrics_of_runs
+from nnunetv2_cva.training.curves import draw_curves
 from nnunetv2_cva.training.data import evenly
 from nnunetv2_cva.training.device import Share, autocast_dtype, share_of_rank
 from nnunetv2_cva.training.history import History
@@ -130,13 +135,104 @@ def test_standardising_removes_what_all_features_share():
 def test_history_drops_epochs_that_were_not_saved(tmp_path):
     history = History(tmp_path)
     history.restore([{"epoch": 0, "total_loss": 1.0}, {"epoch": 1, "total_loss": 0.5}])
-    history.plot()
+    history.plot(DEFAULT)
     again = History(tmp_path)
     again.restore(history.epochs[:1])
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"epoch": 0, "total_loss": 1.0}
     ]
     assert (tmp_path / "progress.png").stat().st_size > 1000
+
+
+def epochs_of(objective="default"):
+    lines = (Path(__file__).parent / "recorded_runs.jsonl").read_text().splitlines()
+    return next(r["epochs"] for r in map(json.loads, lines) if r["run"] == objective)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were when they were written."""
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    return figures
+
+
+@pytest.mark.parametrize("run", ["", "weight decay only"])
+def test_curves_have_whole_epochs_parts_that_add_up_and_what_to_compare_with(tmp_path, drawn, run):
+    epochs = epochs_of(run)
+    draw_curves(epochs, DEFAULT, tmp_path / "progress.png")
+    (figure,) = drawn
+    by_title = {a.get_title(): a for a in figure.axes}
+    assert (tmp_path / "progress.png").stat().st_size > 10_000
+    for axes in by_title.values():
+        figure.canvas.draw()
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+    parts = by_title[metrics_of_runs.PARTS]
+    top = [c.get_paths()[0].get_extents().y1 for c in parts.collections][-1]
+    assert top == pytest.approx(max(e["total_loss"] for e in epochs), rel=1e-3)
+    assert parts.get_legend_handles_labels()[1][0] == "5 x reconstruction_loss"
+    rank = by_title[metrics_of_runs.RANK]
+    assert rank.get_ylim()[0] == 0 and rank.get_ylim()[1] > max(e["effective_rank"] for e in epochs)
+    chance = next(x for x in by_title[metrics_of_runs.RETRIEVAL].lines if x.get_label() == "retrieval_chance")
+    assert chance.get_linestyle() == ":" and set(chance.get_ydata()) == {epochs[0]["retrieval_chance"]}
+    (band,) = by_title[metrics_of_runs.SHARES].patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx(DEFAULT.overlap)
+    assert " ".join(figure.get_suptitle().split()).startswith(f"{verdict(epochs).state} after {len(epochs)} epochs: ")
+
+
+def test_an_objective_from_outside_is_drawn_without_parts_that_would_not_add_up(tmp_path, drawn):
+    epochs = [{"epoch": n, "total_loss": 1.0 + n, "novelty_loss": 0.3} for n in range(3)]
+    draw_curves(epochs, DEFAULT, tmp_path / "progress.png")
+    parts, losses = drawn[0].axes[:2]
+    assert not parts.collections and [x.get_label() for x in parts.lines] == ["total_loss"]
+    assert [x.get_label() for x in losses.lines] == ["novelty_loss"]
+
+
+def test_the_end_of_the_run_is_said_after_the_first_minute_and_no_sooner(monkeypatch):
+    """Steps of 7 s after a first one of 100 s, epochs of 4 steps with 5 s between them."""
+    now, said = [0.0], []
+    monkeypatch.setattr(messages, "monotonic", lambda: now[0])
+    pace = messages.Pace(4, 40, lambda line: said.append((now[0], line)))
+    for step in range(20):
+        if step % 4 == 0:
+            now[0] += 5
+            pace.begin(0)
+        now[0] += 7 if step else 100
+        pace.tick()
+    ((when, line),) = [(t, x) for t, x in said if "The run" in x]
+    seconds = when - 105  # after the first step
+    assert 60 < seconds <= 72
+    steps = round((seconds - seconds // 33 * 5) / 7)
+    each = seconds / steps
+    assert line.startswith(f"  The run: {40 - 1 - steps} iterations to go, {each:.2f} s each: ") and "until 20" in line
+
+
+def test_within_a_long_epoch_the_pace_is_said_every_minute(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(messages, "monotonic", lambda: now[0])
+    pace = messages.Pace(10, 7, said.append)
+    pace.begin(3)  # continued
+    for _ in range(7):
+        now[0] += 50
+        pace.tick()
+    assert said[0] == "  5 of 10 iterations, 50.00 s each" and said[2:] == ["  8 of 10 iterations, 50.00 s each"]
+    assert said[1].startswith("  The run: 4 iterations to go, 50.00 s each: 3 min, until 20")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(50, "1 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min"), (190_000, "2 d 4 h")])
+def test_lengths_of_time_are_read_at_a_glance(seconds, text):
+    assert messages.lasting(seconds) == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_says_what_to_add(tmp_path, monkeypatch):
+    make_project(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="no CUDA GPU here. Add -device cpu"):
+        make_trainer(nnUNetTrainerCVA, device="cuda")
+    for number in (1, 2):
+        with pytest.raises(ValueError, match="no CUDA GPU here. Add -device cpu"):
+            launch.train(launch.Training("100", "3d_fullres", "all", num_gpus=number))
 
 
 # ---- checkpoints

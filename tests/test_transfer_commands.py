@@ -362,7 +362,7 @@ def test_a_pretraining_starts_from_any_file(tmp_path):
     pretraining(tmp_path / "c.pth", target("primus"))
     there = target("primus", channels=2, view=(32, 24, 32))
     network = there.build()
-    lines = start_from(str(tmp_path / "c.pth"), network, there.view).lines
+    lines = start_from(str(tmp_path / "c.pth"), network, there).lines
     assert lines[0].endswith("(pretraining checkpoint):") and any("Encoder: 100.0%" in line for line in lines)
     assert torch.equal(network.eva.blocks[1].mlp.fc2.weight, read(tmp_path / "c.pth").weights["eva.blocks.1.mlp.fc2.weight"])
 
@@ -370,9 +370,21 @@ def test_a_pretraining_starts_from_any_file(tmp_path):
 def test_init_from_refuses_what_fills_too_little(tmp_path):
     pretraining(tmp_path / "c.pth", target(features=(4, 6, 12)))
     with pytest.raises(ValueError, match="init_from: .*fills only .*told to write it all the same"):
-        start_from(str(tmp_path / "c.pth"), target().build(), target().view)
+        start_from(str(tmp_path / "c.pth"), target().build(), target())
     with pytest.raises(ValueError, match="does not exist"):
-        start_from(str(tmp_path / "missing.pth"), target().build(), target().view)
+        start_from(str(tmp_path / "missing.pth"), target().build(), target())
+
+
+def test_a_pretraining_starts_channels_that_are_no_images_at_zero(tmp_path):
+    """As export does for a target: the first features are those of the file, whatever the mask holds."""
+    network, _ = pretraining(tmp_path / "c.pth", target())
+    there = target(channels=2)
+    there.dataset_json["channel_names"]["1"] = "noNorm"
+    started = there.build()
+    lines = start_from(str(tmp_path / "c.pth"), started, there).lines
+    assert any("1 -> 2 input channels (1 of them no image: start at 0)" in line for line in lines)
+    entry, before = (n.encoder.stem.convs[0].conv.weight for n in (started, network))
+    assert torch.equal(entry[:, :1], before) and not entry[:, 1].any()
 
 
 def test_the_trainer_starts_student_and_teacher_from_the_file(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_init_from_names_no_option_that_it_does_not_have(tmp_path):
         file = tmp_path / name
         way_out = rf"`nnUNetv2_cva export`, which can be told to {option}, .* -pretrained_weights in place of"
         with pytest.raises(ValueError, match=rf"^init_from: .*{reason}.*{way_out}") as e:
-            start_from(str(file), there.build(), there.view)
+            start_from(str(file), there.build(), there)
         assert "--" not in str(e.value)
 
 

@@ -17,17 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per fact; what the file does not state is left out."""
+    """Print one line per fact, what the file does not state left out, and what to type for the targets of its plan."""
     from nnunetv2_cva.commands.export import advised
-    from nnunetv2_cva.transfer.describe import describe
+    from nnunetv2_cva.training.about import about
 
     with advised():
-        found = describe(args.weights, args.trust)
+        told = about(args.weights, args.trust)
+    found = told.description
     if args.json:
         print(json.dumps(found.everything, indent=2))
         return 0
     for name, value in found.facts:
         print(f"{name:14} {value}")
+    print("\n".join(told.next), end="\n" if told.next else "")
     if args.plans:
         print(json.dumps(found.plans, indent=2))
     return 0

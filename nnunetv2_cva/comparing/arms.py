@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_cva.comparing.design import SCRATCH
+from nnunetv2_cva.transfer.hub import located, name_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ def named(files: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a file is missing or given twice, or a name cannot be used.
     """
-    paths = [Path(f).resolve() for f in files]
-    for path in paths:
-        if not path.is_file():
+    paths = [name_of(f) for f in files]
+    for path, file in zip(paths, files):
+        if not located(file).is_file():
             raise ValueError(f"`weights`: no file {path}.")
     if len(set(paths)) < len(paths):
         raise ValueError("`weights`: a file is given twice.")

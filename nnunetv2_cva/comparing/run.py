@@ -20,6 +20,7 @@ from nnunetv2_cva.datasets.targets import FineTuned
 from nnunetv2_cva.files import write_json
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.transfer.export import Output, Place, Weights, export
+from nnunetv2_cva.transfer.hub import located
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.target import Target, find_target
 
@@ -127,7 +128,7 @@ def _prepared(
     """The file made for the target by ``export``, as a user would, once."""
     source = read(file)
     seen = check(source, _fine_tuned(target), design, request.processes, tell)
-    of, made = digest(file), folder / "weights"
+    of, made = digest(located(file)), folder / "weights"
     weights = made / f"{name}_{of}.pth"
     if not weights.is_file():
         made.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import hashlib
 import locale
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,19 +52,23 @@ def is_dicom(path: str) -> bool:
         return False
 
 
-def series_in(folder: str, names: Sequence[str]) -> list[Series]:
-    """The series of the DICOM files ``names`` in a folder, ordered by their first files. Files of no series are left."""
+def series_in(folder: str, names: Sequence[str]) -> tuple[list[Series], Counter[str]]:
+    """The series of the DICOM files ``names`` in a folder, ordered by their first files, and how many files are of none, by what
+    is known of them: GDCM does not read even the tags of a transfer syntax that it does not know."""
     slices: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    others: Counter[str] = Counter()
     for name in sorted(names):
         tags = _tags(os.path.join(folder, name), (SERIES, PATIENT, STUDY, MODALITY))
         if tags.get(SERIES):
             slices.setdefault(tags[SERIES], []).append((name, tags))
+        else:
+            others[f"DICOM that cannot be read{_syntax(os.path.join(folder, name))}"] += 1
     found = []
     for uid, files in slices.items():
         first, tags = files[0]
         patient = _hash(tags.get(PATIENT) or tags.get(STUDY) or uid)
         found.append(Series(os.path.join(folder, first), len(files), uid, patient, tags.get(MODALITY, "")))
-    return found
+    return found, others
 
 
 def files_of(first: str) -> list[str]:

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nnunetv2_cva.config import DEFAULT, PRIMUS
+from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.datasets.user_changes import Recipe
 from nnunetv2_cva.nnunet import PRETRAINING
 from nnunetv2_cva.sizes import by
 
 Checkpointing = bool | Literal["selective"]
-# GB of tensors at the peak of a step: of plans, with the configuration for pretraining of this name, and nnU-Net's trainer.
-StepMemory = Callable[[dict[str, Any], str, str], float]
+# GB of tensors at the peak of a step: of plans, with the configuration for pretraining of this name, nnU-Net's trainer, and the
+# settings of the recipe.
+StepMemory = Callable[[dict[str, Any], str, str, CVAConfig], float]
 
 CARDS = (12, 24, 40, 80)  # GB
 OF_PLANNERS = {"nnUNetPlannerResEncM": 8, "nnUNetPlannerResEncL": 24, "nnUNetPlannerResEncXL": 40, "ExperimentPlanner": 8}
@@ -40,19 +41,22 @@ class CardChoice:
 
 @dataclass(frozen=True)
 class Counting:
-    """A network's steps: what they take, counted for the plans and calculated from these counts for other views and cases."""
+    """A network's steps: what they take, counted for the plans and calculated from these counts for other views and cases.
+
+    ``config``: the recipe's own; ``block``: what the plans change of it.
+    """
 
     plans: dict[str, Any]
     configuration: str
     recipe: Recipe
+    config: CVAConfig
     block: dict[str, Any]
     measure: StepMemory
 
     @property
     def usual(self) -> Checkpointing:
         """What the settings or the recipe have."""
-        config = DEFAULT.updated(PRIMUS, "recipe") if self.recipe.is_primus else DEFAULT
-        found: Checkpointing = self.block.get("gradient_checkpointing", config.gradient_checkpointing)
+        found: Checkpointing = self.block.get("gradient_checkpointing", self.config.gradient_checkpointing)
         return found
 
     def counted(self, view: Sequence[int], cases: int, checkpointing: Checkpointing) -> CardChoice:
@@ -68,7 +72,7 @@ class Counting:
         }
         plans["configurations"][name] = found
         plans["configurations"] = {c: plans["configurations"][c] for c in (self.configuration, name)}
-        tensors = self.measure(plans, name, self.recipe.trainer)
+        tensors = self.measure(plans, name, self.recipe.trainer, self.config)
         return CardChoice(tuple(view), cases, checkpointing, tensors * WORKSPACES + CONTEXT)
 
     def calculated(self, start: CardChoice) -> Callable[[Sequence[int], int, Checkpointing], CardChoice]:

@@ -16,6 +16,7 @@ from nnunetv2_cva.nnunet import PREPROCESSED, PRETRAINING, RAW, configuration, d
 from nnunetv2_cva.nnunet import folder as nnunet_folder
 
 PLANS, CONFIGURATION = "nnUNetPlansCVA", "3d_fullres"
+NO_GPU = "torch finds no CUDA GPU here. Add -device cpu (or mps on a Mac), which is enough to try things out, not to pretrain."
 
 
 @dataclass(frozen=True)

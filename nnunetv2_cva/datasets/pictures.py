@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from scipy.ndimage import zoom
 
 from nnunetv2_cva.files import written_whole
 
 TILE = 160  # pixels per slice
 COLUMNS = 4
-SHARED = "#ffb000"
-BEGIN = "#00c8ff"
+SHARED, BEGIN, HIDDEN, OUTSIDE = "#ffb000", "#00a8e8", "#4a6a8a", "#d9cfe6"
+TILE_INCHES, GAP, HEAD, LEGEND = 2.6, 0.1, 0.2, 0.35
 
 
 @dataclass(frozen=True)
@@ -72,40 +74,106 @@ def windowed(image: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class ShownPair:
-    """Two views of a case: ``views`` and ``visible`` (what the student sees) (2, I, J, K), ``rois`` (2, 2, 3)."""
+class Tile:
+    """One plane of a view. ``plane``: (J, K); ``roi``: (2, 3), the shared region to be framed; ``hidden``, ``inside``: (J, K),
+    voxels that the network is not shown, and those that lie in the case; None where all are shown or inside."""
 
     title: str
-    views: np.ndarray
-    visible: np.ndarray
-    rois: np.ndarray
+    plane: np.ndarray
+    roi: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    inside: np.ndarray | None = None
 
 
-def view_pairs(pairs: Sequence[ShownPair], path: Path) -> None:
-    """A row per pair: both views through the middle of what they share, and the same with the hidden blocks.
+def tiles(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
+    """A row of tiles under each title, windowed by its first tile, on white; below what colours and frames mean.
 
-    The shared region is framed; the dot marks where it begins along both axes, so a mirrored view has it elsewhere.
+    Raises:
+        OSError: the picture cannot be written.
     """
-    figure = _figure(10.5, 2.75 * len(pairs))
-    headings = ("teacher: view 0", "view 1", "student: view 0", "view 1")
-    for row, pair in enumerate(pairs):
-        low, high = (float(np.percentile(pair.views, q)) for q in (1, 99.5))
-        for column, heading in enumerate(headings):
-            view, images = column % 2, pair.views if column < 2 else pair.visible
-            plane = images[view][_middle(pair.rois[view], images.shape[1])]
-            axes = figure.add_subplot(len(pairs), 4, 4 * row + column + 1)
-            axes.imshow(plane, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            _frame(axes, pair.rois[view], plane.shape)
-            axes.set_title(f"{pair.title}\n{heading}" if column == 0 else heading, fontsize=7, color="white", loc="left", pad=3)
+    shape = rows[0][1][0].plane.shape
+    columns, height = max(len(row) for _, row in rows), TILE_INCHES * shape[0] / shape[1]
+    figure = _figure(columns * (TILE_INCHES + GAP) + GAP, len(rows) * (height + 2 * HEAD) + LEGEND, "white")
+    wide, high = figure.get_size_inches()
+    for r, (title, row) in enumerate(rows):
+        top = high - r * (height + 2 * HEAD) - 2 * HEAD
+        figure.text(GAP / wide, (top + HEAD) / high, title, fontsize=9, weight="bold", va="bottom")
+        window = np.percentile(row[0].plane, (1, 99.5))
+        for c, tile in enumerate(row):
+            left = GAP + c * (TILE_INCHES + GAP)
+            axes = figure.add_axes((left / wide, (top - height) / high, TILE_INCHES / wide, height / high))
+            axes.imshow(_coloured(tile, window), interpolation="nearest", aspect="auto")
+            axes.set_title(tile.title, fontsize=8, loc="left", pad=2)
             axes.axis("off")
-    figure.tight_layout(pad=0.5)
+            if tile.roi is not None:
+                _frame(axes, tile.roi, tile.plane.shape)
+    figure.legend(
+        handles=_legend([tile for _, row in rows for tile in row]), loc="lower left", ncols=4, fontsize=8, frameon=False
+    )
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=100, format="png")
 
 
-def _middle(roi: np.ndarray, planes: int) -> int:
+def _coloured(tile: Tile, window: Sequence[float]) -> np.ndarray:
+    low, high = window
+    grey = np.clip((tile.plane.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
+    image = np.repeat(grey[..., None], 3, axis=2)
+    if tile.hidden is not None:
+        image[tile.hidden] = to_rgb(HIDDEN)
+    if tile.inside is not None:
+        image[~tile.inside] = to_rgb(OUTSIDE)
+    return image
+
+
+def _legend(shown: Sequence[Tile]) -> list[Any]:
+    handles: list[Any] = []
+    if any(t.roi is not None for t in shown):
+        handles.append(Patch(fill=False, edgecolor=SHARED, label="what both views show"))
+        of_dot = Line2D([], [], marker="o", linestyle="", color=BEGIN, markersize=5)
+        of_dot.set_label("where it begins: moves when a view is mirrored")
+        handles.append(of_dot)
+    if any(t.hidden is not None and t.hidden.any() for t in shown):
+        handles.append(Patch(color=HIDDEN, label="hidden from the student"))
+    if any(t.inside is not None and not t.inside.all() for t in shown):
+        handles.append(Patch(color=OUTSIDE, label="outside of the case"))
+    return handles
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """Two views of a case: ``views``, ``inside`` (which voxels lie in the case) and ``hidden`` (from the student; None: none),
+    each (2, I, J, K), ``rois`` (2, 2, 3)."""
+
+    title: str
+    views: np.ndarray
+    inside: np.ndarray
+    hidden: np.ndarray | None
+    rois: np.ndarray
+
+
+def view_pairs(pairs: Sequence[ShownPair], path: Path) -> None:
+    """A row per pair: both views through the middle of what they share, as the teacher and as the student sees them."""
+    tiles([(pair.title, [*_of_pair(pair, "teacher", False), *_of_pair(pair, "student", True)]) for pair in pairs], path)
+
+
+def _of_pair(pair: ShownPair, who: str, hides: bool) -> list[Tile]:
+    found = []
+    for view in range(2):
+        at = middle(pair.rois[view], pair.views.shape[1])
+        hidden = pair.hidden[view, at] if hides and pair.hidden is not None else None
+        title = f"{who}: view {view}, {slice_of(at, pair.views.shape[1])}"
+        found.append(Tile(title, pair.views[view, at], pair.rois[view], hidden, pair.inside[view, at]))
+    return found
+
+
+def middle(roi: np.ndarray, planes: int) -> int:
     """The plane of the first axis through the middle of the shared region."""
     return int(np.clip(roi[:, 0].mean() * planes, 0, planes - 1))
+
+
+def slice_of(at: int, planes: int) -> str:
+    """Which plane of the first axis is shown, in words."""
+    return f"slice {at + 1} of {planes}"
 
 
 def _frame(axes: Any, roi: np.ndarray, size: Sequence[int]) -> None:
@@ -116,7 +184,7 @@ def _frame(axes: Any, roi: np.ndarray, size: Sequence[int]) -> None:
     axes.plot(begin[1] + inset[1], begin[0] + inset[0], "o", color=BEGIN, markersize=4)
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor="black")
+def _figure(width: float, height: float, colour: str = "black") -> Figure:
+    figure = Figure(figsize=(width, height), facecolor=colour)
     FigureCanvasAgg(figure)
     return figure

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets import fingerprint as described
 from nnunetv2_cva.datasets import nnunet_plans
 from nnunetv2_cva.datasets.destination import shape_after, without_left_out
@@ -16,11 +17,11 @@ from nnunetv2_cva.datasets.gathering import Gathering, Images, sources_for
 from nnunetv2_cva.datasets.inventory import CASES, REJECTED, Inventory, read_accepted, reject
 from nnunetv2_cva.datasets.leakage import by_name, comparing_voxels, left_out
 from nnunetv2_cva.datasets.memory_plan import StepMemory
-from nnunetv2_cva.datasets.next_steps import CONFIGURATION, PLANS, Steps, fine_tuning_steps, pretraining_steps
+from nnunetv2_cva.datasets.next_steps import CONFIGURATION, NO_GPU, PLANS, Steps, device, fine_tuning_steps, pretraining_steps
 from nnunetv2_cva.datasets.parallel import Progress
 from nnunetv2_cva.datasets.reading import MIN_AXIS
 from nnunetv2_cva.datasets.targets import FineTuned, check_fixed_plans, fixed_plans, load_target, write_fixed_plans
-from nnunetv2_cva.datasets.user_changes import Recipe, replaced, save_plans, save_splits, save_targets
+from nnunetv2_cva.datasets.user_changes import Recipe, recipe_of, replaced, save_plans, save_splits, save_targets
 from nnunetv2_cva.datasets.view_size import Asked, add_configuration
 from nnunetv2_cva.files import read_object, write_json
 from nnunetv2_cva.nnunet import PREPROCESSED, PRETRAINING, RAW, dataset_id, datasets, find_dataset, is_dataset_name
@@ -78,8 +79,9 @@ class Planned:
         return tuple(line for line in self.said if line.startswith("WARNING"))
 
 
-def plan(request: PlanRequest, progress: Progress, measure: StepMemory) -> Planned:
-    """Look at the images, plan, and write what nnU-Net looks for into the dataset's folder. ``measure``: what a step takes.
+def plan(request: PlanRequest, progress: Progress, measure: StepMemory, settings_of: Callable[[str], CVAConfig]) -> Planned:
+    """Look at the images, plan, and write what nnU-Net looks for into the dataset's folder. ``measure``: what a step takes;
+    ``settings_of``: a recipe's own settings.
 
     Raises:
         ValueError: a request that cannot be met. Its fields are named in backticks, with their values: `view=32x32x30`.
@@ -92,7 +94,7 @@ def plan(request: PlanRequest, progress: Progress, measure: StepMemory) -> Plann
     if request.planner is not None:
         nnunet_plans.planner_class(request.planner)
     targets = tuple(load_target(t, request.target_plans) for t in request.target)
-    return _Planning(request, folder, targets, progress, measure, []).run()
+    return _Planning(request, folder, targets, progress, measure, settings_of, []).run()
 
 
 def dataset_for(given: str) -> str:
@@ -174,6 +176,7 @@ class _Planning:
     targets: tuple[FineTuned, ...]
     progress: Progress
     measure: StepMemory
+    settings_of: Callable[[str], CVAConfig]
     said: list[str]
 
     @property
@@ -194,7 +197,8 @@ class _Planning:
         images = self._without_spoilt(images, plans)
         ours = preset["configurations"].get(r.configuration + PRETRAINING, {}) if preset else None
         asked = Asked(r.view, r.batch_size, r.gpu_memory)
-        add_configuration(plans, r.configuration, self._shapes(plans, images), ours, recipe, asked, self.measure, self.say)
+        of_recipe = (recipe, self.settings_of(recipe.name))
+        add_configuration(plans, r.configuration, self._shapes(plans, images), ours, *of_recipe, asked, self.measure, self.say)
         fixed = self._checked_for(to_write, plans)
         self._save(plans, images, recipe)
         return self._finished(plans, fixed)
@@ -212,7 +216,18 @@ class _Planning:
         theirs = {t.name: r.plans if t.name in written else r.target_plans for t in self.targets}
         save_targets(self.folder, r.plans, theirs, keep=r.keep_plans)
         where = (self.folder, r.plans, r.configuration + PRETRAINING)
+        self._say_length(*where)
         return Planned(plans, tuple(self.said), (*pretraining_steps(*where), *fine_tuning_steps(*where)))
+
+    def _say_length(self, folder: Path, plans_name: str, name: str) -> None:
+        """Of the training by the plans as they are written, and where there is no GPU for it."""
+        config = resolve(self.settings_of(recipe_of(folder, plans_name).name), read_plans(folder, plans_name), name, {})
+        self.say(
+            f"Length: {config.epochs} epochs x {config.iterations_per_epoch} iterations = "
+            f"{config.epochs * config.iterations_per_epoch} steps. How long that takes here: nnUNetv2_cva bench."
+        )
+        if device():
+            self.say(f"NOTE: {NO_GPU} The lines below do.")
 
     # ---- which plans
 

@@ -152,7 +152,9 @@ class _Walk:
         names_of_channels = self._channel_names()
         for place, names in places:
             images, dicom = self._sorted_out(place, names)
-            yield from (self._series(s) for s in series_in(place, dicom))
+            series, others = series_in(place, dicom)
+            self.unread.update(others)
+            yield from (self._series(s) for s in series)
             channels = self._channels(place, images, names_of_channels)
             for name, ending in images:
                 relative = Path(os.path.relpath(os.path.join(place, name), self.folder))
@@ -272,9 +274,9 @@ def _from_table(table: Path, exclude: Sequence[str]) -> Iterator[_File]:
 def _series_at(path: str) -> Series | None:
     """The series in a folder, or the one that a DICOM file belongs to."""
     if os.path.isdir(path):
-        found = series_in(path, [e.name for e in os.scandir(path) if e.is_file() and is_dicom(e.path)])
+        found, _ = series_in(path, [e.name for e in os.scandir(path) if e.is_file() and is_dicom(e.path)])
         return found[0] if len(found) == 1 else None
-    found = series_in(os.path.dirname(path), [os.path.basename(path)]) if is_dicom(path) else []
+    found = series_in(os.path.dirname(path), [os.path.basename(path)])[0] if is_dicom(path) else []
     return found[0] if found else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_cva.config import DEFAULT, CVAConfig
+from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.datasets.memory_plan import CARDS, CONTEXT, MODES, WORKSPACES, CardChoice, Counting, StepMemory, best, budget
 from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
 from nnunetv2_cva.datasets.user_changes import Recipe
@@ -39,24 +39,26 @@ def add_configuration(
     shapes: Sequence[tuple[int, ...]],
     preset: dict[str, Any] | None,
     recipe: Recipe,
+    config: CVAConfig,
     asked: Asked,
     measure: StepMemory,
     say: Callable[[str], object],
 ) -> None:
     """Add the configuration for pretraining and say what it is.
 
-    ``shapes``: of the preprocessed cases; ``preset``: the configuration for pretraining that a preset has, None without one.
+    ``config``: the recipe's own settings; ``shapes``: of the preprocessed cases;
+    ``preset``: the configuration for pretraining that a preset has, None without one.
 
     Raises:
         ValueError: a view or batch size that cannot be.
     """
     base, given = plans["configurations"][configuration], preset or {}
     block = dict(given.get("cva", {}))
-    config = DEFAULT.updated(block, "preset")
+    of_recipe, config = config, config.updated(block, "preset")
     step = TOKEN if recipe.is_primus else strides(base["architecture"])
     chosen, found = _chosen_view(asked.view, given.get("patch_size"), shapes, base["patch_size"], step, config)
     batch = _chosen_batch(asked.batch_size, given.get("batch_size", PAPERS_BATCH), len(shapes), config)
-    counting = Counting(plans, configuration, recipe, block, measure)
+    counting = Counting(plans, configuration, recipe, of_recipe, block, measure)
     planner = None if preset is not None else plans.get("experiment_planner_used")
     fixed_view = bool(asked.view or (given.get("patch_size") and asked.gpu_memory is None))
     views = [chosen] if fixed_view else smaller(chosen, step, np.median(shapes, axis=0))

@@ -79,6 +79,15 @@ EXPLANATIONS = (
         "a Primus, whose tensors also depend on patch size and number of classes. `nnUNetv2_cva check` says what differs, "
         "`nnUNetv2_cva export` makes a file that fits.",
     ),
+    (
+        "AssertionError: Torch not compiled with CUDA enabled, RuntimeError: Found no NVIDIA driver, No CUDA GPUs are available",
+        "nnU-Net trains on a CUDA GPU unless told otherwise, and torch finds none: add -device cpu (or mps on a Mac), which is "
+        "enough to try things out.",
+    ),
+    (
+        "ValueError: ProcessGroupNCCL is only supported with GPUs, no GPUs found!",
+        "-num_gpus asks for several CUDA GPUs, and torch finds none: leave it out and add -device cpu.",
+    ),
 )
 
 

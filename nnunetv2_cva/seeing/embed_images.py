@@ -9,6 +9,7 @@ from nnunetv2_cva.seeing import embedding
 from nnunetv2_cva.seeing.frozen import load_frozen
 from nnunetv2_cva.seeing.images import find_images
 from nnunetv2_cva.seeing.requests import EmbedRequest, Progress, counting, device_of
+from nnunetv2_cva.transfer.hub import located
 
 
 def embed_images(request: EmbedRequest, progress: Progress) -> list[str]:
@@ -49,7 +50,7 @@ def _settle(request: EmbedRequest) -> None:
 
     folder = Path(request.output)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = Path(request.weights).resolve()
+    weights = located(request.weights, request.trust).resolve()
     now = {
         "weights": str(weights),
         "written": weights.stat().st_mtime,

@@ -129,20 +129,35 @@ def _write_b2nd(path: Path, m: DenseMap, image: Image) -> None:
 
 def _write_nifti(path: Path, values: np.ndarray, image: Image) -> None:
     """As a vector image in the file's own space."""
+    with written_whole(path) as partial:
+        renamed = partial.with_name(partial.name + ".nii.gz")  # both libraries choose the format by the ending
+        try:
+            if "nibabel_stuff" in image.properties:  # of files that SimpleITK refuses: axes that are not orthogonal
+                _by_nibabel(renamed, values, image.properties["nibabel_stuff"]["original_affine"])
+            else:
+                _by_simpleitk(renamed, values, image.properties)
+            renamed.replace(partial)
+        finally:
+            renamed.unlink(missing_ok=True)
+
+
+def _by_simpleitk(path: Path, values: np.ndarray, properties: dict[str, Any]) -> None:
     import SimpleITK as sitk
 
     content = sitk.GetImageFromArray(values, isVector=True)
-    geometry = image.properties.get("sitk_stuff")
+    geometry = properties.get("sitk_stuff")
     if geometry:
         content.SetSpacing(geometry["spacing"])
         content.SetOrigin(geometry["origin"])
         content.SetDirection(geometry["direction"])
     else:
-        content.SetSpacing([float(s) for s in reversed(image.properties["spacing"])])
-    with written_whole(path) as partial:
-        renamed = partial.with_name(partial.name + ".nii.gz")  # SimpleITK chooses the format by the ending
-        try:
-            sitk.WriteImage(content, str(renamed), useCompression=True)
-            renamed.replace(partial)
-        finally:
-            renamed.unlink(missing_ok=True)
+        content.SetSpacing([float(s) for s in reversed(properties["spacing"])])
+    sitk.WriteImage(content, str(path), useCompression=True)
+
+
+def _by_nibabel(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
+    import nibabel
+
+    content = nibabel.Nifti1Image(values.transpose(2, 1, 0, 3)[:, :, :, None], affine)  # NIfTI's fourth axis is time
+    content.header.set_intent("vector")
+    nibabel.save(content, str(path))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cva.model.taps import Tap
-from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.card import NO_RESAMPLING, entry
 from nnunetv2_cva.transfer.network import Loaded, load_network, untrained_network
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -23,6 +23,15 @@ USUAL = {
     "resampling_fn_data_kwargs": RESAMPLING,
     "resampling_fn_seg": "resample_data_or_seg_to_shape",
     "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+    "architecture": {},  # preprocessing asks for none, but without the word nnU-Net takes plans for its old ones and fails
+}
+# Images that stay at their own spacing: the one that is stated is used for nothing.
+LEFT: dict[str, Any] = {
+    "spacing": [1.0, 1.0, 1.0],
+    "resampling_fn_data": NO_RESAMPLING,
+    "resampling_fn_data_kwargs": {},
+    "resampling_fn_seg": NO_RESAMPLING,
+    "resampling_fn_seg_kwargs": {},
 }
 
 
@@ -96,8 +105,11 @@ def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:
     from nnunetv2_cva.transfer.card import settings
 
     found = settings(plans, name)
+    whole = {"use_mask_for_norm": [False] * len(found.get("normalization_schemes") or ())}
     masks = {
         "resampling_fn_seg": found.get("resampling_fn_mask"),
         "resampling_fn_seg_kwargs": found.get("resampling_fn_mask_kwargs"),
     }
-    return {**USUAL, **{k: v for k, v in masks.items() if v}, **found} if found else {}
+    if found and found.get("spacing", ()) is None:  # nnssl's way to say it
+        found = {**found, **LEFT}
+    return {**USUAL, **whole, **{k: v for k, v in masks.items() if v}, **found} if found else {}

@@ -18,6 +18,7 @@ from nnunetv2_cva.seeing.labelled import labelled_cases
 from nnunetv2_cva.seeing.probing import probe_images, probe_voxels
 from nnunetv2_cva.seeing.propagation import mean_and_interval
 from nnunetv2_cva.seeing.requests import ProbeRequest, Progress, counting, device_of
+from nnunetv2_cva.transfer.hub import name_of
 
 MOST_CASES = 40  # of a dataset that are read
 TABLE, PLOT = "probe.csv", "probe.png"
@@ -51,7 +52,7 @@ def _networks(request: ProbeRequest) -> dict[str, Frozen]:
         ValueError: a file's network wants other images or windows than the first one's.
     """
 
-    device, names = device_of(request.device), _names([Path(w).resolve() for w in request.weights])
+    device, names = device_of(request.device), _names([name_of(w) for w in request.weights])
     found = {"untrained": untrained(request.weights[0], request.trust, device)}
     first = found["untrained"]
     for name, path in zip(names, request.weights):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch.backends import cudnn
 
+from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder, with_folder
 from nnunetv2_cva.training.checkpoint import BEST
 from nnunetv2_cva.training.local_processes import run_on_every_device
@@ -53,14 +54,16 @@ def train(asked: Training) -> int:
     environment = os.environ
     from_slurm(environment)
     world = int(environment.get("WORLD_SIZE", "1"))
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(NO_GPU)
+    if asked.device == "cuda" and world == 1 and asked.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"`num_gpus={asked.num_gpus}`: torch finds {torch.cuda.device_count()} CUDA GPUs on this machine.")
     if asked.num_gpus > 1 and world == 1:
         return run_on_every_device([sys.executable, *sys.argv], asked.num_gpus)
     if asked.fold != "all" and not asked.fold.isdecimal():
         raise ValueError(f'`fold`: expected "all" or a number, found {asked.fold!r}.')
     if asked.continue_training and (asked.val or asked.pretrained_weights):
         raise ValueError("`continue_training` goes with neither `val` nor `pretrained_weights`. Give one of them.")
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device=cuda`: torch finds no CUDA device here. `device=cpu` works everywhere, for trying things out.")
     environment[VARIABLE] = with_folder(environment.get(VARIABLE), recipes_folder())
     torch.set_num_threads(1 if asked.device == "cuda" or world > 1 else os.cpu_count() or 1)
     with ExitStack() as ending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
 
@@ -25,19 +26,45 @@ LONG_ENOUGH_FOR_SGD = 20_000  # iterations; nothing between 1500 and the paper's
 
 
 class Pace:
-    """Says once a minute how far an epoch of ``total`` steps has come. ``tick()`` after every step."""
+    """Says after the first minute when the run will end, and once a minute how far an epoch of ``total`` steps has come.
 
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self.total, self.say = total, say
-        self.steps, self.began = 0, monotonic()
+    ``left``: steps of the whole run. ``begin()`` before every epoch, ``tick()`` after every step. The first step, in which things
+    are compiled and measured, does not count for the end of the run; what lies between epochs does.
+    """
+
+    def __init__(self, total: int, left: int, say: Callable[[str], None]) -> None:
+        self.total, self.left, self.say = total, left, say
+        self.counted, self.first, self.told = 0, 0.0, False
+        self.begin(0)
+
+    def begin(self, done: int) -> None:
+        """An epoch of which so many steps are done already."""
+        self.done, self.steps, self.began = done, 0, monotonic()
         self.said = self.began
 
     def tick(self) -> None:
-        self.steps += 1
         now = monotonic()
-        if now - self.said > PROGRESS_SECONDS and self.steps < self.total:
+        self.steps, self.left, self.counted = self.steps + 1, self.left - 1, self.counted + 1
+        if self.counted == 1:
+            self.first = now
+        elif not self.told and now - self.first > PROGRESS_SECONDS and self.left:
+            self.told, self.said = True, now
+            each = (now - self.first) / (self.counted - 1)
+            end = datetime.now() + timedelta(seconds=each * self.left)
+            togo = f"{self.left} iterations to go, {each:.2f} s each: {lasting(each * self.left)}"
+            self.say(f"  The run: {togo}, until {end:%Y-%m-%d %H:%M}")
+        elif now - self.said > PROGRESS_SECONDS and self.done + self.steps < self.total:
             self.said = now
-            self.say(f"  {self.steps} of {self.total} iterations, {(now - self.began) / self.steps:.2f} s each")
+            self.say(f"  {self.done + self.steps} of {self.total} iterations, {(now - self.began) / self.steps:.2f} s each")
+
+
+def lasting(seconds: float) -> str:
+    """A length of time in its two largest units."""
+    minutes = round(seconds / 60)
+    days, hours = minutes // 1440, minutes % 1440 // 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
 
 
 def opening(
@@ -48,7 +75,9 @@ def opening(
     encoder = " and as many through the teacher's encoder"
     best = criterion(config)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    steps = config.epochs * config.iterations_per_epoch
     lines = [
+        f"Length: {config.epochs} epochs x {config.iterations_per_epoch} iterations = {steps} steps.",
         f"Each step: {cases} cases, {views} views of {by(view)} voxels through the student"
         f"{encoder if teacher else ''} (patch_size and batch_size of the "
         f"plans). {trained / 1e6:.1f} M parameters are trained, precision {str(dtype or torch.float32).removeprefix('torch.')}.",
@@ -112,14 +141,15 @@ def epoch(record: dict[str, Any], note: str) -> list[str]:
     ]
 
 
-def _of_plan(plans: dict[str, Any], configuration: str, backbone: type[nnUNetTrainer], weights: str) -> list[str]:
-    """The lines that ``plan`` printed for every target, with this file of weights; none where no target is noted."""
+def of_plan(plans: dict[str, Any], configuration: str, backbone: str | None, weights: str) -> list[str]:
+    """The lines that ``plan`` printed for every target, with this file of weights; none where no target is noted, or the plan was
+    made for another network than that of the trainer of nnU-Net's ``backbone``."""
     try:
         folder, name = nnunet_folder(PREPROCESSED) / plans["dataset_name"], plans["plans_name"]
-        if recipe_of(folder, name).trainer != backbone.__name__:
+        if recipe_of(folder, name).trainer != backbone:
             return []  # planned for another network
         steps = fine_tuning_steps(folder, name, configuration, weights)
-    except ValueError:
+    except (KeyError, ValueError):  # plans of another program have no such names
         return []
     return [line for step in steps for line in (step.title, *step.commands)]
 
@@ -132,7 +162,7 @@ def closing(plans: dict[str, Any], configuration: str, student: Student, backbon
     follows from the view and from the number of classes: its weights are made for the target first. Where the plan was made for
     targets, these are the lines that it printed for each.
     """
-    targets = _of_plan(plans, configuration, backbone, weights)
+    targets = of_plan(plans, configuration, backbone.__name__, weights)
     if targets:
         return "\n".join(["Fine-tune with nnU-Net itself.", *targets])
     name = fine_tuned(plans, configuration)

@@ -26,8 +26,12 @@ class Metric:
         return {"higher": 1, "lower": -1, "": 0}[self.better]
 
 
-LOSSES, AGREEMENT, RANK = "losses", "agreement of the two views (watched pairs)", "effective rank of the features"
-SHARES, RATE = "spread of the features; real overlap; share of time waiting for data", "learning rate"
+PARTS, LOSSES = "weighted losses, which add up to the total", "the losses themselves; dashed: without learning"
+RETRIEVAL = "retrieval in watched pairs; dashed: by position; dotted: by chance"
+ALIGNMENT = "alignment in watched pairs; dashed: by position"
+RANK = "effective rank of the features; dotted: untrained"
+SPREAD = "spread of the features (dotted: untrained); student and teacher"
+SHARES, RATE = "real overlap; share of the time waiting for data", "learning rate"
 
 ROUNDING = 1e-5  # of the whole length: float32 keeps 1e-7 of a number, and features are sums of many
 
@@ -37,41 +41,42 @@ METRICS = {
         Metric("reconstruction_loss", "Huber loss of the hidden voxels", "lower", LOSSES),
         Metric("consistency_loss", "how far corresponding bins of student and teacher are apart", "lower", LOSSES),
         Metric("contrastive_loss", "NT-Xent of the images", "lower", LOSSES),
-        Metric("total_loss", "weighted sum of the losses", "lower", LOSSES),
-        Metric("watched_loss", "total loss of the watched cases, where no views are compared", "lower", LOSSES),
+        Metric("total_loss", "weighted sum of the losses", "lower", PARTS),
+        Metric("watched_loss", "total loss of the watched cases, where no views are compared", "lower", PARTS),
         Metric("overlap", "real overlap of the views", "", SHARES),
         Metric("learning_rate", "of this epoch", "", RATE),
         Metric("skipped", "steps left out because their loss or gradient was not finite", "lower"),
         Metric("data_wait", "share of the time spent waiting for data", "lower", SHARES),
-        Metric("alignment", "mean cosine of corresponding bins, in what the losses compare", "higher", AGREEMENT),
-        Metric("retrieval", "how often the most similar bin of the other view is the corresponding one", "higher", AGREEMENT),
-        Metric("feature_alignment", "the same cosine, of the encoder features that fine-tuning gets", "higher", AGREEMENT),
-        Metric("feature_retrieval", "the same retrieval, by these features", "higher", AGREEMENT),
-        Metric("alignment_null", "alignment with the same place in another case: what position alone explains", "", AGREEMENT),
-        Metric("retrieval_null", "retrieval by the bin at the same place in another case", "", AGREEMENT),
-        Metric("retrieval_chance", "retrieval of guessing", "", AGREEMENT),
-        Metric("spread_start", "spread before the first step", "", SHARES),
+        Metric("alignment", "mean cosine of corresponding bins, in what the losses compare", "higher", ALIGNMENT),
+        Metric("retrieval", "how often the most similar bin of the other view is the corresponding one", "higher", RETRIEVAL),
+        Metric("feature_alignment", "the same cosine, of the encoder features that fine-tuning gets", "higher", ALIGNMENT),
+        Metric("feature_retrieval", "the same retrieval, by these features", "higher", RETRIEVAL),
+        Metric("alignment_null", "alignment with the same place in another case: what position alone explains", "", ALIGNMENT),
+        Metric("retrieval_null", "retrieval by the bin at the same place in another case", "", RETRIEVAL),
+        Metric("retrieval_chance", "retrieval of guessing", "", RETRIEVAL),
+        Metric("spread_start", "spread before the first step", "", SPREAD),
         Metric("effective_rank_start", "effective rank before the first step", "", RANK),
-        Metric("feature_alignment_null", "feature_alignment with the same place in another case", "", AGREEMENT),
-        Metric("feature_retrieval_null", "feature_retrieval by the same place in another case", "", AGREEMENT),
+        Metric("feature_alignment_null", "feature_alignment with the same place in another case", "", ALIGNMENT),
+        Metric("feature_retrieval_null", "feature_retrieval by the same place in another case", "", RETRIEVAL),
         Metric("reconstruction_null", "the reconstruction loss of predicting every view's mean", "", LOSSES),
         Metric("contrastive_null", "the contrastive loss of telling nothing apart", "", LOSSES),
-        Metric("teacher_distance", "length of student minus teacher, in lengths of the teacher's weights", "", SHARES),
-        Metric("spread", "how far apart these features are; near 0: collapsed", "higher", SHARES),
+        Metric("teacher_distance", "length of student minus teacher, in lengths of the teacher's weights", "", SPREAD),
+        Metric("spread", "how far apart these features are; near 0: collapsed", "higher", SPREAD),
         Metric("effective_rank", "how many directions these features use; near 1: collapsed", "higher", RANK),
     )
 }
 
 
 def panels(record: Iterable[str]) -> dict[str, list[str]]:
-    """Title -> names of the plot's panels for an epoch with these metrics. Losses that the table does not know, of recipes with
-    an objective of their own, are losses."""
-    found: dict[str, list[str]] = {title: [] for title in (LOSSES, AGREEMENT, RANK, SHARES, RATE)}
-    found[LOSSES] = [name for name in record if is_loss(name)]
-    for metric in METRICS.values():
-        if metric.panel and not is_loss(metric.name):
-            found[metric.panel].append(metric.name)
-    return found
+    """Title -> names of the plot's panels for an epoch with these metrics, without panels that would be empty. Losses that the
+    table does not know, of recipes with an objective of their own, are losses."""
+    there = set(record)
+    unknown = [name for name in there if is_loss(name) and name not in METRICS]
+    found: dict[str, list[str]] = {PARTS: []}
+    for title in (LOSSES, RETRIEVAL, ALIGNMENT, RANK, SPREAD, SHARES, RATE):
+        known = [m.name for m in METRICS.values() if m.panel == title and m.name in there]
+        found[title] = known + (sorted(unknown) if title == LOSSES else [])
+    return {title: names for title, names in found.items() if names or title == PARTS}
 
 
 def is_loss(name: str) -> bool:

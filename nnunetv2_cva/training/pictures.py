@@ -2,81 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_cva.files import written_whole
+from nnunetv2_cva.datasets.pictures import Tile, middle, slice_of, tiles
 from nnunetv2_cva.model.branches import Student
 from nnunetv2_cva.training.objective import Prepared
 
 SHOWN = 3  # cases
-SHARED = "#ffb000"
 
 
 @torch.no_grad()
-def draw_views(student: Student, batch: Prepared, cases: int, autocast: Callable[[], AbstractContextManager], path: Path) -> None:
-    """A row per case of ``batch``, which holds the views of ``cases`` cases, view-major: every view with the shared region
-    framed, through its middle; what the student sees of the first; and its reconstruction, where it reconstructs.
+def draw_views(
+    student: Student, batch: Prepared, titles: Sequence[str], autocast: Callable[[], AbstractContextManager], path: Path
+) -> None:
+    """A row per case of ``batch``, which holds the views of ``len(titles)`` cases, view-major: every view with the shared region
+    framed, through its middle; what the student sees of the first; and what it makes of that, where it reconstructs.
 
     The student is left in evaluation mode.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     student.eval()
-    chosen = torch.arange(min(SHOWN, cases), device=batch.views.device)
-    mask = None if batch.mask is None else batch.mask[chosen]
+    cases = len(titles)
+    mask = None if batch.mask is None else batch.mask[:cases]
     with autocast():
-        rebuilt = student.backbone(batch.visible[chosen], mask)[2]
+        rebuilt = student.backbone(batch.visible[:cases], mask)[2]
+    tiles([(title, _row(batch, n, cases, rebuilt)) for n, title in enumerate(titles)], path)
+
+
+def _row(batch: Prepared, case: int, cases: int, rebuilt: Tensor | None) -> list[Tile]:
+    rois, planes = batch.rois.float().cpu().numpy(), batch.views.shape[2]
     views = len(batch.views) // cases
-    panels = [_panels(batch, int(c), cases, views, None if rebuilt is None else rebuilt[c]) for c in chosen]
-    figure = Figure(figsize=(2.4 * len(panels[0]), 2.6 * len(panels)), facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)
-    for r, row in enumerate(panels):
-        low, high = np.percentile(row[0][1], (1, 99.5))
-        for c, (title, plane, roi) in enumerate(row):
-            axes = figure.add_subplot(len(panels), len(row), r * len(row) + c + 1)
-            axes.imshow(plane, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            axes.set_title(title, fontsize=7, color="white", pad=2)
-            axes.set_axis_off()
-            if roi is not None:
-                _frame(axes, roi, plane.shape)
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=90, format="png")
+    at = [middle(rois[view * cases + case], planes) for view in range(views)]
 
+    def plane(volumes: Tensor, view: int = 0) -> torch.Tensor:
+        return volumes[view * cases + case, 0, at[view]].cpu()
 
-def _panels(batch: Prepared, case: int, cases: int, views: int, rebuilt: Tensor | None) -> list[tuple[str, np.ndarray, Any]]:
-    rois = batch.rois.float().cpu().numpy()
     shown = []
     for view in range(views):
-        n = view * cases + case
-        at = int(np.clip(rois[n, :, 0].mean() * batch.views.shape[2], 0, batch.views.shape[2] - 1))
-        shown.append((f"view {view}", _plane(batch.views[n], at), rois[n, :, 1:] if views > 1 else None))
-        if view == 0:
-            first = at
-    if batch.mask is not None:
-        shown.append(("what the student sees", _plane(batch.visible[case], first), None))
+        inside, roi = plane(batch.inside, view).numpy(), rois[view * cases + case] if views > 1 else None
+        title = f"view {view}, {slice_of(at[view], planes)}"
+        shown.append(Tile(title, plane(batch.views, view).float().numpy(), roi, None, inside))
+    first, inside = plane(batch.views).float(), plane(batch.inside).numpy()
+    hidden = None if batch.hidden is None else plane(batch.hidden)
+    if hidden is not None:
+        shown.append(Tile("what the student sees of view 0", first.numpy(), None, hidden.numpy(), inside))
     if rebuilt is not None:
-        shown.append(("its reconstruction", _plane(rebuilt, first), None))
+        made = plane(rebuilt).float()
+        title = "view 0 as it reconstructs it" if hidden is None else "with its reconstruction of what was hidden"
+        shown.append(Tile(title, (made if hidden is None else torch.where(hidden, made, first)).numpy(), None, None, inside))
     return shown
-
-
-def _plane(volume: Tensor, at: int) -> np.ndarray:
-    return volume[0, at].float().cpu().numpy()
-
-
-def _frame(axes: Any, roi: np.ndarray, size: tuple[int, ...]) -> None:
-    from matplotlib.patches import Rectangle
-
-    begin, end = (roi[side] * size - 0.5 for side in (0, 1))  # imshow centres pixel n at n
-    low, extent = np.minimum(begin, end), np.abs(end - begin)
-    axes.add_patch(Rectangle((low[1], low[0]), extent[1], extent[0], fill=False, edgecolor=SHARED, linewidth=1.5))

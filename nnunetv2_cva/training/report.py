@@ -17,7 +17,10 @@ from nnunetv2_cva.files import read_json, read_object, write_json, write_text
 from nnunetv2_cva.seeing.images import Image
 from nnunetv2_cva.seeing.page import cell, page, table
 from nnunetv2_cva.seeing.verdict import verdict
+from nnunetv2_cva.training.checkpoint import BEST, FINAL, LATEST
+from nnunetv2_cva.training.messages import of_plan
 from nnunetv2_cva.training.metrics import METRICS
+from nnunetv2_cva.transfer.read import read
 
 REPORT, METRICS_FILE, WATCHED = "report.html", "metrics.jsonl", "watched.json"
 PROGRESS, VIEWS, MATCHES = "progress.png", "views.png", "matches.png"
@@ -61,12 +64,14 @@ def write_report(folder: Path, tick: Callable[[], object] = lambda: None, matche
 
 
 def report(folder: str) -> list[str]:
-    """Write the page; returns the verdict and where the page is.
+    """Write the page; returns the verdict, where the page is, and what to type for every target of the plan.
 
     Raises:
         ValueError: as ``write_report``.
     """
-    return [str(verdict(read_epochs(Path(folder)))), f"Wrote {write_report(Path(folder))}."]
+    at = Path(folder)
+    said = [str(verdict(read_epochs(at))), f"Wrote {write_report(at)}."]
+    return [*said, *_targets(at, read_object(at.parent / "plans.json"), at.parent.name.split("__")[-1])]
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
@@ -149,17 +154,32 @@ def _times(epochs: list[dict[str, Any]]) -> str:
 
 
 def _next(folder: Path, plans: dict[str, Any], configuration: str) -> str:
-    weights = shlex.quote(str(folder / "checkpoint_final.pth"))
+    weights = shlex.quote(str(folder / FINAL))
     target, name = nnunet.fine_tuned(plans, configuration), plans.get("plans_name")
     lines = [
         "# what it learned",
         f"nnUNetv2_cva look {weights} -i IMAGE_A IMAGE_B IMAGE_C -o FOLDER",
         f"nnUNetv2_cva probe {weights} -d LABELLED_DATASET -o FOLDER",
         "# fine-tune with nnU-Net itself",
+    ]
+    lines += _targets(folder, plans, configuration) or [
         f"nnUNetv2_cva export {weights} -d DATASET -c {target} -p {name} -o weights.pth",
         f"nnUNetv2_train DATASET {target} FOLD -p {name} -pretrained_weights weights.pth",
     ]
     return f"<h2>Next</h2><pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def _targets(folder: Path, plans: dict[str, Any], configuration: str) -> list[str]:
+    """The lines that ``plan`` printed for its targets; none before there are weights, which say whose network they are of."""
+    there = (folder / name for name in (FINAL, LATEST, BEST))
+    weights = next((file for file in there if file.is_file()), None)
+    if weights is None:
+        return []
+    try:
+        builder = read(str(weights), any_network=True).builder
+    except ValueError:
+        return []
+    return of_plan(plans, configuration, builder, str(folder / FINAL))
 
 
 def _settings(settings: dict[str, Any]) -> str:

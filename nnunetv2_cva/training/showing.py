@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnunetv2_cva.model.branches import Student
 from nnunetv2_cva.training.objective import Prepared
@@ -71,20 +72,21 @@ class Views:
 
     def __init__(self, folder: str | Path, epochs: int) -> None:
         self.path, self.last = Path(folder) / VIEWS, epochs - 1
-        self._kept: tuple[Prepared, int] | None = None
+        self._kept: tuple[Prepared, list[str]] | None = None
 
     def due(self, epoch: int) -> bool:
         """Whether this epoch has a picture."""
         return epoch % EVERY == 0 or epoch == self.last
 
-    def keep(self, batch: Prepared, per_case: int) -> None:
-        """Copy the first cases: the loader uses the memory of the batch again."""
-        cases = len(batch.views) // per_case
-        shown = min(SHOWN, cases)
+    def keep(self, batch: Prepared, keys: Sequence[str], overlap: Tensor) -> None:
+        """Copy the first cases, which are called ``keys``: the loader uses the memory of the batch again."""
+        cases = len(keys)
+        per_case, shown = len(batch.views) // cases, min(SHOWN, cases)
         rows = [view * cases + case for view in range(per_case) for case in range(shown)]
         # One by one: a list of numbers would have to be copied to the device, which waits for it.
         tensors = {name: torch.stack([value[row] for row in rows]) for name, value in vars(batch).items() if value is not None}
-        self._kept = replace(batch, **tensors), shown
+        shares = [f", overlap {float(o):.2f}" if per_case > 1 else "" for o in overlap[:shown]]
+        self._kept = replace(batch, **tensors), [f"{key}{share}" for key, share in zip(keys, shares)]
 
     def draw(self, student: Student, autocast: Callable[[], AbstractContextManager]) -> None:
         """Draw what was kept, if anything. Raises OSError where it cannot be written."""

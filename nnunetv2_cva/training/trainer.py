@@ -22,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
@@ -45,6 +46,7 @@ from nnunetv2_cva.training.step import TrainingStep, all_finite
 from nnunetv2_cva.training.stopping import Stopping
 from nnunetv2_cva.training.watching import criterion, score
 from nnunetv2_cva.transfer.start import start_from
+from nnunetv2_cva.transfer.target import Target
 
 
 class CVATrainer(LastingRun):
@@ -68,6 +70,8 @@ class CVATrainer(LastingRun):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature
     ) -> None:
         self._begin(plans)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(NO_GPU)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
             self.device = local_device(device)
@@ -181,6 +185,7 @@ class CVATrainer(LastingRun):
         its = self.config.iterations_per_epoch
         self._progress = Progress.restored(None if self._resumed is None else self._resumed["cva"].get("progress"))
         first = self.current_epoch * its + len(self._progress.outputs)
+        self._pace = messages.Pace(its, self.num_epochs * its - first, self.print_to_log_file)
         self._views = Views(self.output_folder, self.num_epochs)
         self._bar = RunBar(self.num_epochs * its, first, self.local_rank == 0)
         self._board = Board(self.output_folder, self.local_rank == 0)
@@ -205,7 +210,8 @@ class CVATrainer(LastingRun):
         if self.config.init_from is not None and self._resumed is None:
             if _checksum(self.network) != self._built:
                 raise ValueError("Both -pretrained_weights and init_from name weights to start from. Give one of them.")
-            start = start_from(self.config.init_from, self.network, self.view_size)
+            here = Target(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
+            start = start_from(self.config.init_from, self.network, here)
             self._started_from = start.inherited
             for line in start.lines:
                 self.print_to_log_file(line)
@@ -292,7 +298,7 @@ class CVATrainer(LastingRun):
         if not self._progress.outputs:
             self._progress = Progress()
         self._stop_if_told()
-        self._pace = messages.Pace(self.config.iterations_per_epoch, self.print_to_log_file)
+        self._pace.begin(len(self._progress.outputs))
 
     def on_train_epoch_start(self) -> None:
         self.num_iterations_per_epoch = self.config.iterations_per_epoch - len(self._progress.outputs)  # after a stop: the rest
@@ -318,7 +324,7 @@ class CVATrainer(LastingRun):
         self._progress.outputs.append(output)
         last = len(self._progress.outputs) == self.config.iterations_per_epoch
         if last and self.local_rank == 0 and self._views.due(self.current_epoch):
-            self._views.keep(ready, 2 if self.config.needs_second_view else 1)
+            self._views.keep(ready, batch["keys"], batch["overlap"])
         self._stop_if_told()
         return output
 
@@ -398,7 +404,7 @@ class CVATrainer(LastingRun):
             self.print_to_log_file(f"  {verdict(self.history.epochs)}")
             try:
                 self.history.write()
-                self.history.plot()
+                self.history.plot(self.config)
                 self._views.draw(self.student, self.autocast)
             except OSError as e:  # a picture is not worth a run
                 self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")

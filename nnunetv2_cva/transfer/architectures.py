@@ -57,7 +57,7 @@ def built(
         width, depth, heads = sizes[name]
         return primus.Primus(channels, width, TOKEN, classes, depth, heads, view, init_values=0.1, scale_attn_inner=True)
     if weights is not None and "Primus" in name:
-        return primus.Primus(channels, num_classes=classes, input_shape=view, **primus_arguments(weights))
+        return primus.Primus(channels, num_classes=classes, input_shape=view, **primus_arguments(weights, arguments))
     if name == "ResEncL":
         name, arguments = DYNAMIC[0], dict(RESENC_L)
     if name not in DYNAMIC:
@@ -70,19 +70,23 @@ def built(
         raise ValueError(f"{name} cannot be built from the arguments that the file states: {e}") from None
 
 
-def primus_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def primus_arguments(weights: Mapping[str, Tensor], stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The arguments of the Primus V1 whose state dict this is, but for channels, classes and view.
 
-    Everything but the number of heads follows from names and shapes. Heads are taken to have 66 channels, or 72 where that does
-    not divide, as all of Primus S, B, M, L and nnFoundation's have.
+    Everything but the number of heads follows from names and shapes. Heads are those that are ``stated`` (``arch_kwargs`` of the
+    adaptation plan: ``eva_numheads``); else they are taken to have 66 channels, or 72 where that does not divide, as all of
+    Primus S, B, M, L and nnFoundation's have.
 
     Raises:
         ValueError: heads of neither width divide the channels.
     """
     width, hidden = weights["eva.norm.weight"].shape[0], weights["eva.blocks.0.mlp.fc1_x.weight"].shape[0]
-    heads = next((width // n for n in HEAD_WIDTHS if width % n == 0), None)
-    if heads is None:
-        raise ValueError(f"A Primus of {width} channels: expected a multiple of {' or '.join(map(str, HEAD_WIDTHS))}.")
+    heads = (stated or {}).get("eva_numheads", next((width // n for n in HEAD_WIDTHS if width % n == 0), None))
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(
+            f"A Primus of {width} channels: expected a multiple of {' or '.join(map(str, HEAD_WIDTHS))}, or a number of heads "
+            "that divides them as eva_numheads in arch_kwargs of the adaptation plan (beside safetensors: adaptation_plan.json)."
+        )
     return {
         "embed_dim": width,
         "patch_embed_size": list(weights["down_projection.proj.weight"].shape[2:]),
@@ -119,9 +123,9 @@ def importable(architecture: Mapping[str, Any]) -> None:
 
 def in_plans(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The U-Net of ``architecture_plans``, or the Primus V1 whose ``weights`` these are, as plans describe it; else None."""
-    if "down_projection.proj.weight" in weights:
-        return {"network_class_name": PRIMUS, "arch_kwargs": primus_arguments(weights), "_kw_requires_import": []}
     name, arguments = str(architecture.get("arch_class_name")).rpartition(".")[2], entry(architecture, "arch_kwargs")
+    if "down_projection.proj.weight" in weights:
+        return {"network_class_name": PRIMUS, "arch_kwargs": primus_arguments(weights, arguments), "_kw_requires_import": []}
     if name == "ResEncL":
         name, arguments = DYNAMIC[0], dict(RESENC_L)
     if name not in DYNAMIC or not arguments:

@@ -73,6 +73,7 @@ def describe(file: str, trust: bool = False) -> Description:
         "file": str(source.path),
         "kind": source.kind,
         "network": str(source.layout),
+        "builder": source.builder,
         "parameters": sum(v.numel() for v in _once(source.weights)),
         "decoder": list(source.decoder),
         "notes": list(source.notes),

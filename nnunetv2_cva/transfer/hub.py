@@ -35,6 +35,14 @@ def located(given: str | Path, trust: bool = False) -> Path:
     raise ValueError(f"{path} is not a file, and a folder without {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}. Name the file.")
 
 
+def name_of(given: str | Path) -> Path:
+    """An absolute path that tells files apart: for the hub's addresses of organisation, repository, file and revision."""
+    found = _ADDRESS.fullmatch(str(given))
+    if found is None:
+        return Path(given).resolve()
+    return Path("/", found["repository"] + (f"@{found['revision']}" if found["revision"] else ""), found["file"] or "")
+
+
 def _fetched(address: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.model.branches import backbone_class
 from nnunetv2_cva.model.families import FAMILIES
+from nnunetv2_cva.model.family import Names
 from nnunetv2_cva.model.taps import Tap
 from nnunetv2_cva.transfer.adapt import fill, match
 from nnunetv2_cva.transfer.architectures import built
+from nnunetv2_cva.transfer.card import entry
+from nnunetv2_cva.transfer.inferred import check_same, inferred
 from nnunetv2_cva.transfer.nnssl import CONSUMERS_VIEW
 from nnunetv2_cva.transfer.read import Source, read
 from nnunetv2_cva.transfer.target import target_of, trainer_class
@@ -40,14 +43,15 @@ class Loaded:
 def load_network(file: str | Path, branch: str = "student", trust: bool = False) -> Loaded:
     """The network of ``file`` with its weights: a checkpoint of ours, nnU-Net's or nnssl's, or one that was exported.
 
-    ``branch="teacher"``: the encoder is the moving average's. What the file does not hold stays as it is initialised.
+    ``branch="teacher"``: the encoder is the moving average's. What the file does not hold stays as it is initialised. A
+    state dict alone is built from its shapes, as nnU-Net builds networks (``inferred.py``).
 
     Raises:
-        ValueError: as ``read``; or the file does not say how its network is built, or lacks part of the encoder.
+        ValueError: as ``read``; or neither the file nor its shapes say how its network is built, or it lacks part of the encoder.
     """
     source = read(file, branch, trust)
-    network = _built(source)
-    transfer = match(source, network, source.view or (), "keep", source.view)
+    network, view = _built(source)
+    transfer = match(source, network, view, "keep", view or None)
     left = [r.keys[0] for r in transfer.rows if r.role == "encoder" and r.action != "carried"]
     if left:
         raise ValueError(f"{source.path} does not hold the whole encoder of its network: {left[0]} is missing or differs.")
@@ -69,7 +73,7 @@ def untrained_network(file: str | Path, trust: bool = False) -> Loaded:
     source = read(file, trust=trust)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _built(source)
+        network, _ = _built(source)
     return _with_taps(network.eval(), source)
 
 
@@ -85,16 +89,35 @@ def _with_taps(network: nn.Module, source: Source) -> Loaded:
         taps = kind.taps
         for parameter, required in zip(network.parameters(), gradients, strict=True):
             parameter.requires_grad_(required)
-    return Loaded(network, taps, source.card, lambda views: kind.encode(family.modules(network), views)[0])
+    return Loaded(network, taps, _described(source), lambda views: kind.encode(family.modules(network), views)[0])
 
 
-def _built(source: Source) -> nn.Module:
+def _described(source: Source) -> dict[str, Any]:
+    """The card; where it says nothing of images, with what the target says that the file was made for."""
+    if entry(source.card, "plans") or source.plans is None:
+        return source.card
+    return {**source.card, "plans": source.plans, "configuration": source.configuration}
+
+
+def _built(source: Source) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network, and the extent that it was built for; () where this changes nothing of it."""
     if source.plans is not None and source.builder is not None:
         # Pretraining reconstructs: as many outputs as inputs. Exported weights have the outputs of their target.
         outputs = source.layout.channels if source.kind == "pretraining checkpoint" else None
-        return target_of(source).build(outputs, deep_supervision=False)
-    if not source.architecture:
-        raise ValueError(f"{source.path} ({source.kind}) does not state how its network is built.")
-    classes = [w.shape[0] for k, w in source.weights.items() if k.startswith("decoder.seg_layers.") and k.endswith(".weight")]
-    view = source.view or CONSUMERS_VIEW
-    return built(source.architecture, source.layout.channels, classes[-1] if classes else 1, view, source.weights)
+        return target_of(source).build(outputs, deep_supervision=False), source.view or ()
+    architecture, view = source.architecture, source.view
+    names = Names(source.layout.family, source.weights)
+    classes = [w.shape[0] for k, w in source.weights.items() if k.endswith(".bias") and names.part(k)[1] == "output"]
+    shape = source.layout.channels, classes[-1] if classes else 1
+    if architecture:
+        return built(architecture, *shape, view or CONSUMERS_VIEW, source.weights), view or ()
+    try:
+        architecture, view = inferred(source.layout, source.weights)
+        network = built(architecture, *shape, view, source.weights)
+        check_same(network.state_dict(), source.weights)
+    except ValueError as e:
+        raise ValueError(
+            f"{source.path} ({source.kind}) does not state how its network is built, {e}. Make a file of it for a target that "
+            "has this network, with `nnUNetv2_cva export`: that one states it."
+        ) from None
+    return network, view

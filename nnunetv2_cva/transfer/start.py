@@ -14,6 +14,7 @@ from nnunetv2_cva.transfer.hub import SCHEME
 from nnunetv2_cva.transfer.licence import reminders
 from nnunetv2_cva.transfer.read import read
 from nnunetv2_cva.transfer.table import table
+from nnunetv2_cva.transfer.target import Target
 from nnunetv2_cva.transfer.weights import NeedsOption
 
 
@@ -25,15 +26,15 @@ class Start:
     inherited: dict[str, Any]
 
 
-def start_from(path: str, network: nn.Module, view: tuple[int, ...]) -> Start:
-    """Fill ``network``, built for ``view``, with the weights of ``path``.
+def start_from(path: str, network: nn.Module, target: Target) -> Start:
+    """Fill ``network``, that of the training ``target``, with the weights of ``path``.
 
     Raises:
         ValueError: the file cannot be read, is of another architecture, or fills too little of the encoder.
     """
     try:
         source = read(path)
-        transfer = match(source, network, view)
+        transfer = match(source, network, target.view, images=target.images)
         reason = transfer.refusal()
         if reason is not None:
             raise NeedsOption(f"{reason}.", "allow_partial")

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from nnunetv2_cva import nnunet
+from nnunetv2_cva.config import DEFAULT, CVAConfig
 from nnunetv2_cva.files import read_object
+from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder, with_folder
 from nnunetv2_cva.transfer.architectures import importable
 from nnunetv2_cva.transfer.card import entry
 from nnunetv2_cva.transfer.read import Source
@@ -189,6 +191,26 @@ def trainer_class(name: str) -> Any:
             f"Unknown trainer {name!r}: {hint}. Own trainers must be in nnUNet_extTrainer (now "
             f"{os.environ.get('nnUNet_extTrainer') or 'not set'}); for ours: nnUNetv2_cva hook install"
         ) from None
+
+
+def settings_of(recipe: str) -> CVAConfig:
+    """The settings of a recipe, ours or the user's, found as nnU-Net finds it; ours also without the hook.
+
+    Raises:
+        ValueError: nnU-Net knows no such recipe.
+    """
+    if recipe == "nnUNetTrainerCVA":
+        return DEFAULT
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = with_folder(before, recipes_folder())
+    try:
+        found: CVAConfig = trainer_class(recipe).config
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+    return found
 
 
 def _holds_configurations(file: Path) -> bool:

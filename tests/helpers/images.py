@@ -35,7 +35,7 @@ def write_several(folder, n=6, spacing=(1.0, 1.0, 1.0), shape=SHAPE, ending=".ni
 
 def nnunet_folders(folder, monkeypatch):
     """Raw and preprocessed folder, as nnU-Net's variables say. Planning there counts no memory, which takes seconds a network."""
-    monkeypatch.setattr("nnunetv2_cva.plan.counted", lambda plans, name, trainer: 0.5)
+    monkeypatch.setattr("nnunetv2_cva.plan.counted", lambda plans, name, trainer, config: 0.5)
     paths = [Path(folder) / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
