@@ -60,7 +60,8 @@ def trainer_class(name: str) -> type:
 
         def watch(self) -> dict:
             if name.startswith("mask 0"):
-                self.watched_batches = [shown(batch) for batch in self.watched_batches]
+                for batch in self.watched_batches:
+                    shown(batch)
             return super().watch()
 
         def objective(self, student, teacher, batch, config, cases=None):

@@ -17,6 +17,7 @@ img, canvas { max-width: 100%; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .7rem .2rem 0; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }
 pre { overflow-x: auto; padding: .6rem; background: #8882; }
+td:nth-child(5) { min-width: 12rem; }  /* the meaning of a metric: on a phone it is scrolled to, not squeezed */
 .verdict { padding: .6rem .9rem; border-left: .4rem solid #888; background: #8882; }
 .LEARNING { border-color: #2a8; } .PLATEAU { border-color: #28a; } .COLLAPSING, .COLLAPSED { border-color: #c33; }
 @media print { body { max-width: none; } h2 { break-after: avoid; } img, table, pre { break-inside: avoid; } }

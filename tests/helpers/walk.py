@@ -22,15 +22,16 @@ def stock(name, arguments):
 
 
 def shorten(epochs, iterations):
+    """Of stock trainers; ours have settings for it."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    first = nnUNetTrainer.__init__
+    first = nnUNetTrainer.initialize
 
-    def init(self, *args, **kwargs):
-        first(self, *args, **kwargs)
+    def initialize(self):
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = epochs, iterations, 1
+        first(self)
 
-    nnUNetTrainer.__init__ = init
+    nnUNetTrainer.initialize = initialize
 
 
 def run(words):
