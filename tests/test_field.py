@@ -28,6 +28,7 @@ from nnunetv2_cva.datasets.anonymous import neutral
 from nnunetv2_cva.datasets.dicom import check_slices, files_of
 from nnunetv2_cva.datasets.findings import body_mask, dwarfed, inspect_case
 from nnunetv2_cva.datasets.formats import Unusable
+from nnunetv2_cva.datasets.gathering import remarks
 from nnunetv2_cva.datasets.next_steps import device, fine_tuning_steps, pretraining_steps
 from nnunetv2_cva.datasets.planning import dataset_for
 from nnunetv2_cva.datasets.reading import read_images
@@ -195,6 +196,21 @@ def test_channels_lie_where_the_first_one_lies(tmp_path, origin, direction, expe
         sitk.WriteImage(image, str(tmp_path / f"a_000{c}{ending}"))
     reason = looked_at(tmp_path / f"a_0000{ending}", tmp_path / f"a_0001{ending}").reason
     assert expected in reason and bool(reason) == bool(expected)
+
+
+def test_what_nnunets_reader_warns_of_is_said_once_with_the_files_name(tmp_path, capfd):
+    cases = []
+    for name, shift in (("a", 0.01), ("b", 0.01), ("c", 0)):
+        for c in range(2):
+            image = sitk.GetImageFromArray(voxels(c))
+            image.SetOrigin([c * shift, 0.0, 0.0])
+            sitk.WriteImage(image, str(tmp_path / f"{name}_000{c}.nrrd"))
+        cases.append(looked_at(tmp_path / f"{name}_0000.nrrd", tmp_path / f"{name}_0001.nrrd"))
+    assert [c.reason for c in cases] == [""] * 3 and "origin" not in capfd.readouterr().out
+    assert cases[2].remark == ""
+    (said,) = remarks(cases)
+    assert "2 of 3 cases" in said and "same origin" in said and "Origins: [" not in said
+    assert said.count("a_0000.nrrd") == said.count("b_0000.nrrd") == 1 and "c_0000.nrrd" not in said
 
 
 def test_label_maps_of_many_values_are_known_by_their_areas(tmp_path):
@@ -534,3 +550,32 @@ def test_neutral_names_are_those_of_everything_that_is_passed_on(tmp_path, monke
         assert path.name in secret or "Doe" not in path.read_text()
     with open(folder / "cases.csv", newline="") as f:
         assert [row["case"] for row in csv.DictReader(f)] == ["case_0001", "case_0002", "case_0003"]
+
+
+# ---- too few
+
+
+def test_one_case_and_one_case_per_step_are_said_to_be_too_few(tmp_path, monkeypatch, capsys):
+    nnunet_folders(tmp_path, monkeypatch)
+    write_several(tmp_path / "x", 2)
+    ask = [
+        "plan",
+        "-d",
+        "Dataset500_Few",
+        "--preset",
+        "tiny",
+        "--view",
+        "16",
+        "16",
+        "16",
+        "-np",
+        "1",
+        "--images",
+        str(tmp_path / "x"),
+    ]
+    assert main.main([*ask, "--batch-size", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: one case per step is too few" in said and "a single case" not in said
+    next((tmp_path / "x").iterdir()).unlink()
+    assert main.main(ask) == 0
+    assert "WARNING: a single case is too few to learn from" in capsys.readouterr().out

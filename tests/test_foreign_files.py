@@ -224,6 +224,20 @@ def test_nothing_is_kept_that_is_not_there_or_does_not_fit(tmp_path):
     assert "Decoder: fresh; none of the file's fits. Output" in said
 
 
+@pytest.mark.parametrize(
+    ("names", "images"),
+    [
+        ({"1": "T1", "2": "tumour_mask"}, (True, False)),
+        ({"7": "noNorm", "3": "CT", "5": "PET"}, (False, True, True)),
+        ({"first": "T1", "second": "seg"}, (True, False)),
+    ],
+)
+def test_channels_are_taken_in_their_order_whatever_their_keys(names, images):
+    there = target(channels=len(names))
+    there.dataset_json["channel_names"] = names
+    assert there.images == images
+
+
 def test_a_file_without_plans_was_not_trained_to_segment(tmp_path):
     network = target().build()
     source = read(write(tmp_path / "a.pth", network.state_dict(), trainer_name="BaseMAETrainer"))

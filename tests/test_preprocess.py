@@ -29,7 +29,9 @@ from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva import files
 from nnunetv2_cva.commands import main
 from nnunetv2_cva.datasets import destination, preprocess_case
+from nnunetv2_cva.datasets.formats import Unusable
 from nnunetv2_cva.datasets.inventory import read_rejected
+from nnunetv2_cva.datasets.preprocess_case import _stored
 from nnunetv2_cva.views.index import read_index
 
 NAME = "Dataset500_Images"
@@ -381,6 +383,24 @@ def test_whatever_happens_to_one_case_the_others_go_on(folders, monkeypatch, cap
 
 
 # ---- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: x * np.float32(np.nan), "NaN or Inf"),
+        (lambda x: np.where(x > 0, np.inf, x).astype(np.float32), "NaN or Inf"),  # clipped in half precision
+        (lambda x: x[:, :4], "4x20x22 voxels after resampling"),
+        (lambda x: x + 1e9, "all voxels of a channel are the same"),  # nothing is left of their differences
+        (lambda x: np.concatenate([x, np.zeros_like(x)]), "all voxels of a channel are the same"),
+    ],
+    ids=["NaN", "Inf", "thin", "far from 0", "one of two channels"],
+)
+def test_what_a_training_would_refuse_is_not_stored(change, match):
+    image = np.random.default_rng(0).normal(size=(1, 18, 20, 22)).astype(np.float32)
+    assert _stored(image, "float16").shape == image.shape
+    with pytest.raises(Unusable, match=match):
+        _stored(change(image).astype(np.float32), "float32")
 
 
 def test_a_case_that_fails_is_listed_the_others_go_on_and_it_can_be_mended(folders, capsys):

@@ -95,7 +95,8 @@ def _as_it_should_be(file: str, ending: str, properties: dict[str, Any], printed
         if spacing is None:
             return properties, "no JSON file with its spacing beside it: taken for 1x1x1 mm"
         return {**properties, "spacing": list(spacing)}, ""
-    return properties, " ".join(printed.split())[:REMARK]
+    warnings = [line for line in printed.splitlines() if "WARNING" in line]  # the lines after it differ from case to case
+    return properties, " ".join((" ".join(warnings) or printed).split())[:REMARK]
 
 
 def check_aligned(files: Sequence[str], shape: Sequence[int]) -> None:

@@ -55,9 +55,9 @@ class Target:
         names = entry(self.dataset_json, "channel_names") or entry(self.dataset_json, "modality")
         schemes = self.settings.get("normalization_schemes")
         found = []
-        for i in range(len(names)):
+        for i, name in enumerate(names.values()):  # in their order, as nnU-Net takes them: keys need not count from 0
             left = isinstance(schemes, list) and len(schemes) > i and schemes[i] == "NoNormalization"
-            found.append(not left and not _NO_IMAGE.search(str(names.get(str(i)))))
+            found.append(not left and not _NO_IMAGE.search(str(name)))
         labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels if self.follows else ()
         return (*found, *(False for _ in labels))
 
