@@ -152,7 +152,7 @@ def test_nnunet_not_installed(monkeypatch):
         ("torch", "2.5.1", "2.5.1, expected"),
         ("timm", "1.0.31", "1.0.31, expected <1.0.23,>=1.0.15 (from timm 1.0.23 on"),
         ("numpy", "1.24.0", "1.24.0, expected >=1.26 ->"),
-        ("batchgenerators", "0.24", "0.24, expected >=0.25.1 ->"),
+        ("batchgenerators", "0.24", "0.24, expected >=0.25.4 ->"),
         ("dynamic-network-architectures", "0.5.0", "0.5.0, expected <0.5,>=0.4.4 ->"),
     ],
 )

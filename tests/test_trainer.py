@@ -355,7 +355,7 @@ def test_killed_while_a_checkpoint_of_the_first_epoch_is_written(project, monkey
 
 
 def test_a_picture_that_cannot_be_written_costs_no_run(project, monkeypatch, capsys):
-    def full(self):
+    def full(self, config):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("nnunetv2_cva.training.history.History.plot", full)

@@ -1,11 +1,11 @@
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.projects import VIEW, architecture, make_project, make_trainer
+from helpers.recorded import RECORDED
 from matplotlib.figure import Figure
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
@@ -145,8 +145,7 @@ def test_history_drops_epochs_that_were_not_saved(tmp_path):
 
 
 def epochs_of(objective="default"):
-    lines = (Path(__file__).parent / "recorded_runs.jsonl").read_text().splitlines()
-    return next(r["epochs"] for r in map(json.loads, lines) if r["run"] == objective)
+    return next(r["epochs"] for r in RECORDED if r["run"] == objective)
 
 
 @pytest.fixture
@@ -158,7 +157,7 @@ def drawn(monkeypatch):
     return figures
 
 
-@pytest.mark.parametrize("run", ["", "weight decay only"])
+@pytest.mark.parametrize("run", ["default", "weight decay only"])
 def test_curves_have_whole_epochs_parts_that_add_up_and_what_to_compare_with(tmp_path, drawn, run):
     epochs = epochs_of(run)
     draw_curves(epochs, DEFAULT, tmp_path / "progress.png")

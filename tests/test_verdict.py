@@ -1,26 +1,15 @@
 """The verdict from recorded metrics: what collapses is seen within a few epochs, what learns is never called so."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.recorded import RECORDED
 
 from nnunetv2_cva.seeing.verdict import verdict
 from nnunetv2_cva.training.metrics import collapse_metrics, null_metrics, pair_metrics
 
-
-def read(line):
-    """A recorded run with its epochs as ``metrics.jsonl`` has them."""
-    run = json.loads(line)
-    count = run["epochs"]
-    lists = {k: v if isinstance(v, list) else [v] * count for k, v in run["metrics"].items()}
-    return {**run, "epochs": [{"epoch": n, **{k: v[n] for k, v in lists.items()}} for n in range(count)]}
-
-
-RECORDED = [read(line) for line in (Path(__file__).parent / "recorded_runs.jsonl").read_text().splitlines()]
 COLLAPSES = {
     "no stop-gradient",
     "no stop-gradient, constant images",

@@ -145,7 +145,7 @@ def of_plan(plans: dict[str, Any], configuration: str, backbone: str | None, wei
     """The lines that ``plan`` printed for every target, with this file of weights; none where no target is noted, or the plan was
     made for another network than that of the trainer of nnU-Net's ``backbone``."""
     try:
-        folder, name = nnunet_folder(PREPROCESSED) / plans["dataset_name"], plans["plans_name"]
+        folder, name = nnunet_folder(PREPROCESSED) / str(plans["dataset_name"]), str(plans["plans_name"])
         if recipe_of(folder, name).trainer != backbone:
             return []  # planned for another network
         steps = fine_tuning_steps(folder, name, configuration, weights)

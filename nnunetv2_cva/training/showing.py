@@ -72,7 +72,7 @@ class Views:
 
     def __init__(self, folder: str | Path, epochs: int) -> None:
         self.path, self.last = Path(folder) / VIEWS, epochs - 1
-        self._kept: tuple[Prepared, list[str]] | None = None
+        self._kept: tuple[Prepared, tuple[str, ...], Tensor | None] | None = None
 
     def due(self, epoch: int) -> bool:
         """Whether this epoch has a picture."""
@@ -85,13 +85,14 @@ class Views:
         rows = [view * cases + case for view in range(per_case) for case in range(shown)]
         # One by one: a list of numbers would have to be copied to the device, which waits for it.
         tensors = {name: torch.stack([value[row] for row in rows]) for name, value in vars(batch).items() if value is not None}
-        shares = [f", overlap {float(o):.2f}" if per_case > 1 else "" for o in overlap[:shown]]
-        self._kept = replace(batch, **tensors), [f"{key}{share}" for key, share in zip(keys, shares)]
+        self._kept = replace(batch, **tensors), tuple(keys[:shown]), overlap[:shown].clone() if per_case > 1 else None
 
     def draw(self, student: Student, autocast: Callable[[], AbstractContextManager]) -> None:
         """Draw what was kept, if anything. Raises OSError where it cannot be written."""
         if self._kept is not None:
-            draw_views(student, *self._kept, autocast, self.path)
+            batch, keys, overlap = self._kept
+            names = [key if overlap is None else f"{key}, overlap {float(overlap[n]):.2f}" for n, key in enumerate(keys)]
+            draw_views(student, batch, names, autocast, self.path)
             self._kept = None
 
 
