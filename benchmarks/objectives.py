@@ -92,6 +92,7 @@ def train(row: str, family: str, seed: int, iterations: int) -> Any:
     dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
     plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
     settings: dict[str, Any] = {"epochs": EPOCHS, "iterations_per_epoch": iterations // EPOCHS, "seed": seed, "check_seconds": 0}
+    settings["set_aside"] = True  # what a killed run has left
     if family == "Primus":
         settings["warmup_epochs"] = 2
     os.environ["nnUNet_cva"] = json.dumps(settings)

@@ -64,7 +64,7 @@ def weights(row: str, seed: int, folder: Path) -> Path:
         return file
     dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
     plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({"seed": seed})
+    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True})  # what a killed one has left
     recipe = next(getattr(m, RECIPES[row]) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, RECIPES[row]))
     trainer = recipe(plans, CONFIGURATION, 0, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu"))
     if row == "untrained":

@@ -81,7 +81,7 @@ def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
     """The metrics of every epoch; a run that diverges ends early."""
     dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
     plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, **COLLAPSING.get(name, {})})
+    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True, **COLLAPSING.get(name, {})})
     dataset_json = json.loads((dataset / "dataset.json").read_text())
     trainer = trainer_class(name)(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
     try:
