@@ -21,14 +21,15 @@ import light
 import numpy as np
 import torch
 import windows
-from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, items
+from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, WIDE, items
 from hippocampus import NAME, prepare
 from light import Protocol, Recipe
 from nulls import nulls
 from tables import comparisons, null_table, rows_of, table
 
-TEST = {"hippocampus": 20, "made up": 10}  # cases in no training
-SCORED = {"hippocampus": 12, "made up": 6}  # of these, after a fine-tuning
+TEST = {"hippocampus": 20, "hippocampus, wide": 20, "made up": 10}  # cases in no training
+SCORED = {"hippocampus": 12, "hippocampus, wide": 12, "made up": 6}  # of these, after a fine-tuning
+SCRATCHES = {"hippocampus": Recipe(), "hippocampus, wide": Recipe(widths=WIDE), "made up": Recipe(**DEMO)}  # network and view
 
 
 class Bench:
@@ -38,7 +39,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.folder = data, folder
         (folder / "weights").mkdir(exist_ok=True)
-        if data == "hippocampus":
+        if data != "made up":
             prepare(raw.resolve(), folder.resolve())
             cases, structures = folder / "pre" / NAME / "nnUNetPlans_3d_fullres", 2
         else:
@@ -53,11 +54,11 @@ class Bench:
         return np.random.default_rng(1 + split).permutation(self.rest).tolist()[:labels]
 
     def weights(self, recipe: str, seed: int) -> Path:
-        begin = "" if self.name == "hippocampus" else "made_up_"
+        begin = "made_up_" if self.name == "made up" else ""
         return self.folder / "weights" / f"{begin}{recipe.replace(' ', '_')}_{seed}.pth"
 
     def do(self, item: dict[str, Any]) -> dict[str, Any]:
-        recipe = RECIPES.get(item["recipe"], Recipe(**DEMO) if self.name == "made up" else Recipe())
+        recipe = RECIPES.get(item["recipe"], SCRATCHES[self.name])
         if item["kind"] == "pretrain":
             found = light.pretrain(recipe, item["seed"], self.cases, self.rest)
             torch.save(found.states(), self.weights(item["recipe"], item["seed"]))
@@ -96,14 +97,16 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def run(names: list[str], seeds: list[int] | None, recipes: list[str] | None, raw: Path, folder: Path) -> None:
+def run(args: argparse.Namespace, raw: Path, folder: Path) -> None:
+    names, seeds, recipes = args.run, args.seeds, args.recipes
     file = folder / "evidence.jsonl"
     done = read(file)
     for name in names:
         e = EXPERIMENTS[name]
         bench = Bench(e.data, raw, folder)
         for item in items(e, tuple(s for s in e.seeds if seeds is None or s in seeds)):
-            if recipes is not None and item["recipe"] not in recipes:
+            left_out = args.labels is not None and item.get("labels", args.labels[0]) not in args.labels
+            if left_out or (recipes is not None and item["recipe"] not in recipes):
                 continue
             if any(item.items() <= d.items() for d in done):
                 continue
@@ -135,13 +138,14 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, nargs="+", help="of the pretraining; default: the experiment's")
     parser.add_argument("--recipes", nargs="+", choices=[SCRATCH, *RECIPES])
+    parser.add_argument("--labels", type=int, nargs="+", help="labelled cases; default: the experiment's")
     parser.add_argument("--table", nargs="*", choices=EXPERIMENTS)
     parser.add_argument("--probe", action="store_true", help="the frozen features of what has been pretrained")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.run:
-        run(args.run, args.seeds, args.recipes, args.raw, args.folder)
+        run(args, args.raw, args.folder)
     if args.probe:
         probe(args.raw, args.folder)
     if args.table is not None:

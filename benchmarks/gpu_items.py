@@ -87,17 +87,19 @@ def _product_rate(device: Any, edge: int) -> float:
 def correct(device: str, report: Report) -> None:
     """The GPU's tests; on a CPU those of them that need no GPU."""
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", "-rs"]
-    command += ["tests/test_cuda.py", "tests/test_augment.py"]
+    command += ["tests/test_cuda.py", "tests/test_augment.py", "-n", str(min(8, len(os.sched_getaffinity(0)) // 2))]
     environment = {**os.environ, "CVA_TEST_DEVICE": device}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     counts, failed = dict.fromkeys(("PASSED", "SKIPPED", "FAILED", "ERROR"), 0), []
     for line in process.stdout or ():
         print(line, end="", flush=True)
-        if match := re.match(r"(\S+::.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", line):
-            counts[match[2]] += 1
-            failed += [match[1]] if match[2] in ("FAILED", "ERROR") else []
+        if match := re.match(r"\[gw\d+\] \[ *\d+%\] (PASSED|SKIPPED|FAILED|ERROR) (.+)", line):
+            counts[match[1]] += 1
+            failed += [match[2]] if match[1] in ("FAILED", "ERROR") else []
             report(summary=", ".join(f"{n} {what.lower()}" for what, n in counts.items() if n), failed=failed)
     report(code=process.wait())
+    if process.returncode:
+        sys.exit("There were failures.")
 
 
 # ---- data and a training

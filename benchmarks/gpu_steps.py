@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from gpu_report import Report
 from subjects import Subject, supervised
-from timing import in_turn, one_after_another
+from timing import in_turn, one_after_another, unmeasured, wait
 from torch import nn
 
 from nnunetv2_cva.training.attention import KERNELS, attentions, choose, measure, preferring
@@ -35,7 +35,7 @@ def paper(device: str) -> tuple[str, str]:
     return ("resencl_128", "primusm_160") if device == "cuda" else ("tiny_unet", "tiny_primus")
 
 
-def way(device: torch.device, name: str, how: str, **options: Any) -> dict[str, float]:
+def way(device: torch.device, name: str, how: str, **options: Any) -> dict[str, Any]:
     """Time and memory of one way of taking a step, alone on the device. ``how``: a method of ``Subject``, or supervised;
     ``mode``: torch.compile's; ``kernel``: of attention, "auto": as a training would choose it; the rest are a subject's."""
     mode, kernel = options.pop("mode", None), options.pop("kernel", "auto")
@@ -49,9 +49,23 @@ def way(device: torch.device, name: str, how: str, **options: Any) -> dict[str, 
             del subject.student, subject.teacher, subject.network, subject.optimizer, subject.training_step
     with preferring(kernel):
         found = one_after_another(step, device, 10 if device.type == "cuda" else 2)
+        if how == "whole":
+            found["kernels"] = kernels(step, device)
     del subject, step
     clean(device)
     return found
+
+
+def kernels(step: Any, device: torch.device, steps: int = 3) -> dict[str, float]:
+    """What a step spends its time in: ms per step of the kernels (on a CPU: operations) that take longest, and of all."""
+    activities = [torch.profiler.ProfilerActivity.CPU] if device.type == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        for _ in range(steps):
+            step(unmeasured)
+        wait(device)
+    times = {e.key: (e.self_cpu_time_total if device.type == "cpu" else e.self_device_time_total) for e in seen.key_averages()}
+    longest = sorted(times, key=lambda key: -times[key])[:24]
+    return {key[:160]: times[key] / steps / 1000 for key in longest} | {"all": sum(times.values()) / steps / 1000}
 
 
 def clean(device: torch.device) -> None:

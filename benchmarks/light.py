@@ -1,5 +1,7 @@
 """A light pretraining and a light fine-tuning of a small ResEnc U-Net, for comparisons that need hundreds of runs on a CPU.
 
+``CVA_BENCH_DEVICE=cuda`` trains on a GPU; what a batch holds is the same.
+
 Pretraining is the package's own: its loader, views, losses, step and learning rate, without a trainer around them. Fine-tuning
 follows nnU-Net's: Dice and cross-entropy, SGD 1e-2 with Nesterov momentum 0.99 and polynomial decay, clipping at 12, every second
 patch forced onto the foreground; but it decays per iteration, augments by mirroring and intensities alone, and predicts with as
@@ -9,6 +11,7 @@ few windows as cover a case. What a batch holds follows from (split, labels, ite
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,6 +36,7 @@ from nnunetv2_cva.views.augment import augment
 from nnunetv2_cva.views.loader import Cases, PairDataset
 
 CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("CVA_BENCH_DEVICE", "cpu"))
 AUGMENTATION = CVAConfig()  # its intensities are nnU-Net's
 HEADS = {"head_width": 256, "predictor_width": 64}
 POINTS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of a fine-tuning, at which the test cases are segmented
@@ -85,12 +89,12 @@ def network(widths: tuple[int, ...], outputs: int, seed: int, deep_supervision: 
 
 
 def autocast() -> AbstractContextManager:
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 def as_fast(module: nn.Module) -> nn.Module:
     """Convolutions of few channels are faster in this memory format."""
-    return module.to(memory_format=torch.channels_last_3d)
+    return module.to(DEVICE, memory_format=torch.channels_last_3d)
 
 
 @dataclass
@@ -105,7 +109,8 @@ class Pretrained:
         """Everything that has been trained. Fine-tuning reads "network" and, for the teacher's encoder, "teacher"."""
         teacher = {} if self.teacher is None else self.teacher.state_dict()
         network = self.student.backbone.network.state_dict()
-        return {"network": network, "student": self.student.state_dict(), "teacher": teacher}
+        states = {"network": network, "student": self.student.state_dict(), "teacher": teacher}
+        return {part: {name: tensor.cpu() for name, tensor in state.items()} for part, state in states.items()}
 
 
 def swapped(batch: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def pretrain(recipe: Recipe, seed: int, cases: Cases, keys: list[str]) -> Pretra
     student = Student(make_backbone(network(recipe.widths, 1, seed), config), config).train()
     as_fast(student)
     teacher = Teacher(student).eval() if config.needs_heads else None
-    optimizer = make_optimizer(student.parameters(), config, CPU)
+    optimizer = make_optimizer(student.parameters(), config, DEVICE)
     step = TrainingStep(Run(student, teacher, optimizer, None), student, config, autocast=autocast)
     data = PairDataset(cases, keys, recipe.view, config, recipe.cases, (0, recipe.cases), seed)
     began, rows, curve, every = perf_counter(), [], [], max(1, recipe.iterations // 5)
@@ -129,7 +134,7 @@ def pretrain(recipe: Recipe, seed: int, cases: Cases, keys: list[str]) -> Pretra
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i // config.iterations_per_epoch, config)
         batch = swapped(data[i]) if recipe.misaligned else data[i]
-        losses = step(prepare(batch, config, student.backbone.block, CPU, seed, i, 0))
+        losses = step(prepare(batch, config, student.backbone.block, DEVICE, seed, i, 0))
         rows.append({name: value.item() for name, value in losses.items()})
         if len(rows) == every:
             curve.append({name: round(float(np.mean([r[name] for r in rows])), 4) for name in rows[0]})
@@ -243,8 +248,8 @@ def fine_tune(
         views, target = patches(data, keys, recipe.view, protocol.batch, split, len(keys), i)
         optimizer.zero_grad(set_to_none=True)
         with autocast():
-            out = model(views.contiguous(memory_format=torch.channels_last_3d))
-        loss_of(out, target).backward()
+            out = model(views.to(DEVICE, memory_format=torch.channels_last_3d))
+        loss_of(out, target.to(DEVICE)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 12)
         optimizer.step()
         if i + 1 in points:
@@ -274,7 +279,7 @@ def evaluate(model: Any, data: Labelled, test: list[str], view: tuple[int, int, 
         places = [tuple(slice(b, b + v) for b, v in zip(begin, view)) for begin in itertools.product(*starts)]
         with autocast():
             windows = torch.stack([image[place] for place in places])[:, None]
-            out = model(windows.contiguous(memory_format=torch.channels_last_3d)).float()
+            out = model(windows.to(DEVICE, memory_format=torch.channels_last_3d)).float().cpu()
         total = torch.zeros(out.shape[1], *size)
         for part, place in zip(out, places):
             total[(slice(None), *place)] += part * gaussian(view)

@@ -70,7 +70,8 @@ def _roi_align_both_ways(subject: Subject, times: Times) -> None:
 
 def one_after_another(step: Step, device: torch.device, steps: int) -> dict[str, float]:
     """How a training has it, no wait between steps: ``seconds`` per step (the better half of two), how much the two halves differ
-    (``spread``), seconds of the ``first`` step (compiling, tuning), and GB of memory at the ``peak`` (CUDA: of tensors)."""
+    (``spread``), seconds of the ``first`` step (compiling, tuning), and GB of memory at the ``peak`` (CUDA: of tensors,
+    ``reserved`` by torch, and in use on the ``card``)."""
     began = perf_counter()
     step(unmeasured)
     wait(device)
@@ -90,4 +91,6 @@ def one_after_another(step: Step, device: torch.device, steps: int) -> dict[str,
     found = {"seconds": min(halves), "spread": max(halves) / min(halves) - 1, "first": first}
     if device.type == "cuda":
         found["peak"] = torch.cuda.max_memory_allocated() / GB
+        free, total = torch.cuda.mem_get_info()
+        found |= {"reserved": torch.cuda.max_memory_reserved() / GB, "card": (total - free) / GB}
     return found
