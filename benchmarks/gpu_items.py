@@ -87,7 +87,7 @@ def _product_rate(device: Any, edge: int) -> float:
 def correct(device: str, report: Report) -> None:
     """The GPU's tests; on a CPU those of them that need no GPU."""
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider", "-rs"]
-    command += ["tests/test_cuda.py", "tests/test_augment.py", "-n", str(min(8, len(os.sched_getaffinity(0)) // 2))]
+    command += ["tests/test_cuda.py", "tests/test_augment.py", "-n", str(min(8, 1 + len(os.sched_getaffinity(0)) // 2))]
     environment = {**os.environ, "CVA_TEST_DEVICE": device}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     counts, failed = dict.fromkeys(("PASSED", "SKIPPED", "FAILED", "ERROR"), 0), []
