@@ -36,13 +36,19 @@ COLLAPSING = {
     "huge learning rate, Cont": {**ALONE, "learning_rate": 0.3, "consistency_weight": 0.0, "contrastive_weight": 1.0},
     "weight decay only": {"learning_rate": 1e-2, "weight_decay": 20.0},
 }
-ORDER = (*COLLAPSING, *HEALTHY)
+AS_PAPER = {  # of the default recipe; all others have AdamW and views that are mirrored and scaled independently
+    "paper's optimizer": {"optimizer": "sgd", "learning_rate": 1e-2, "weight_decay": 3e-5, "warmup_epochs": 0, "spatial": "shared"}
+}
+SETTINGS = {**COLLAPSING, **AS_PAPER}
+ORDER = (*COLLAPSING, *HEALTHY, *AS_PAPER)
 
 
 def trainer_class(name: str) -> type:
     """The recipe of that name, or one that collapses."""
     from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_objectives
 
+    if name in AS_PAPER:
+        return nnUNetTrainerCVA.nnUNetTrainerCVA
     if name in HEALTHY:
         wanted = "_".join(part for part in ("nnUNetTrainerCVA", name) if part)
         return next(getattr(m, wanted) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, wanted))
@@ -81,7 +87,7 @@ def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
     """The metrics of every epoch; a run that diverges ends early."""
     dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
     plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True, **COLLAPSING.get(name, {})})
+    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True, **SETTINGS.get(name, {})})
     dataset_json = json.loads((dataset / "dataset.json").read_text())
     trainer = trainer_class(name)(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
     try:

@@ -59,6 +59,10 @@ class Image:
         found[:, list(self.order)] = np.asarray(points, float) / scale + begin
         return found
 
+    def voxel(self, point: np.ndarray) -> str:
+        """The voxel of the file's array in which a point (3,) of ``voxels`` lies, as text."""
+        return " ".join(str(int(n)) for n in np.floor(self.to_file(np.asarray(point)[None])[0] + 1e-6))
+
     def _crop(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the crop begins in the file's voxels (axes in network order), and preprocessed voxels per voxel of the file."""
         if not self.properties:
