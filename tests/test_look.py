@@ -305,6 +305,25 @@ def test_a_click_in_the_first_image_shows_heat_in_the_others(looked, width):
     assert re.search(r"scan_1, similarity \d\.\d\d, voxel \d+ \d+ \d+$", seen["caption"]) and seen["wide"] <= width
 
 
+def test_a_second_file_is_a_row_of_its_own(looked, tmp_path, capsys):
+    """By the same weights the same matches, by others others; a file that expects other images is refused."""
+    files, weights = sorted(looked.parent.glob("scan_*.nii.gz"))[:2], looked.parent / "checkpoint_final.pth"
+    pretraining(tmp_path / "other.pth", target(view=(16, 16, 16)), seed=5)  # of another view: for whole images that is no matter
+    for against in (weights, tmp_path / "other.pth"):
+        assert call("look", weights, "-i", *files, "-o", tmp_path, "--against", against, "--count", 3, "-device", "cpu") == 0
+        told = {m["network"]: m for m in json.loads((tmp_path / "look.json").read_text())["matches"]}
+        assert list(told) == ["trained", "untrained", "against"]
+        assert (told["against"]["similarity"] == told["trained"]["similarity"]) == (against == weights)
+    assert [n["name"] for n in page_content(tmp_path)["networks"]] == ["trained", "untrained", "against"]
+    pretraining(tmp_path / "coarse.pth", target(spacing=(1.0, 1.0, 3.0)))
+    assert call("look", weights, "-i", *files, "-o", tmp_path, "--against", tmp_path / "coarse.pth") == 2
+    assert re.search(r"coarse.pth expects other images than .*checkpoint_final.pth, .* spacing", capsys.readouterr().err)
+
+
+def page_content(folder):
+    return json.loads(re.search(r"const LOOK = (.*);\n", (folder / "look.html").read_text()).group(1))
+
+
 def test_labels_of_a_target_give_tables(tmp_path, monkeypatch, capsys):
     raw = tmp_path / "nnUNet_raw"
     monkeypatch.setenv("nnUNet_raw", str(raw))
@@ -337,7 +356,7 @@ def test_points_of_a_file_are_voxels_of_the_first_image(tmp_path, looked, capsys
     files = sorted(looked.parent.glob("scan_*.nii.gz"))[:2]
     weights = looked.parent / "checkpoint_final.pth"
     assert call("look", weights, "-i", *files, "-o", tmp_path, "--points", tmp_path / "points.csv", "-device", "cpu") == 0
-    shown = json.loads(re.search(r"const LOOK = (.*);\n", (tmp_path / "look.html").read_text()).group(1))
+    shown = page_content(tmp_path)
     assert shown["point"] == pytest.approx([6.5, 8.5, 7.5], abs=0.01)
     told = json.loads((tmp_path / "look.json").read_text())
     assert told["image"] == "scan_0" and told["points"] == [[6, 8, 7], [13, 17, 9]] and told["tables"] == []

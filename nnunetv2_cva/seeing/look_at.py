@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva.files import write_json
-from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
+from nnunetv2_cva.seeing.frozen import Frozen, check_comparable, load_frozen, untrained
 from nnunetv2_cva.seeing.images import Image, find_images, preprocess
 from nnunetv2_cva.seeing.labelled import labelled_cases
 from nnunetv2_cva.seeing.look import Look, look, picture
@@ -77,18 +77,13 @@ def _networks(request: LookRequest) -> dict[str, Frozen]:
     Raises:
         ValueError: ``against`` wants other images than the first.
     """
-
     device = device_of(request.device)
     networks = {"trained": load_frozen(request.weights, request.branch, request.trust, device, "trained")}
     networks["untrained"] = untrained(request.weights, request.trust, device)
     if request.against:
         networks["against"] = load_frozen(request.against, request.branch, request.trust, device, "against")
-        a, b = networks["trained"], networks["against"]
-        if (a.spacing, a.channels) != (b.spacing, b.channels):
-            raise ValueError(
-                f"`against={request.against}`: expected spacing {a.spacing} and {a.channels} channel(s), as "
-                f"{request.weights} has, found {b.spacing} and {b.channels}."
-            )
+        windows = request.target is not None  # which are of one view for all
+        check_comparable(networks["trained"], networks["against"], (request.weights, request.against), windows)
     return networks
 
 

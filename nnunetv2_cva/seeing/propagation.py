@@ -24,8 +24,8 @@ LEAST_VOXELS = 30  # labelled ones that a window shows
 
 @dataclass(frozen=True)
 class Carried:
-    """Labels of ``source``, or of a window of it, carried to ``target`` by ``row``: ``dice`` of every label, NaN where neither the
-    result nor the truth has it."""
+    """Labels of ``source``, or of a window of it, carried to ``target`` by ``row``: ``dice`` of every label, NaN where
+    neither the result nor the truth has it."""
 
     source: str
     target: str
