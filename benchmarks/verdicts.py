@@ -40,7 +40,7 @@ COLLAPSING = {
 # The default recipe with the paper's optimizer and views; all others have AdamW and views that are independent of each other.
 PAPER = {"optimizer": "sgd", "learning_rate": 1e-2, "weight_decay": 3e-5, "warmup_epochs": 0, "spatial": "shared"}
 AS_PAPER = {"paper's optimizer": PAPER, "paper's optimizer, 30 epochs": {**PAPER, "epochs": 30, "iterations_per_epoch": 20}}
-SETTINGS = {**COLLAPSING, **AS_PAPER}
+SETTINGS: dict[str, dict[str, Any]] = {**COLLAPSING, **AS_PAPER}
 ORDER = (*COLLAPSING, *HEALTHY, *AS_PAPER)
 
 
