@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from probes import weights
@@ -24,6 +24,7 @@ HEAD, CONFIGURATION, SPACING, VIEW = "Dataset100_HeadMR", "3d_fullres_cva", [3.0
 CASES, EPOCHS, ITERATIONS = 4, 20, 25
 SEEN = ("papaya_sample", "niivue_T1_head_ext2", "clinical_T2", "niivue_FLAIR")
 HIPPOCAMPI = ("hippocampus_001", "hippocampus_003", "hippocampus_004")
+UNSEEN = ("hippocampus_127", "hippocampus_265", "hippocampus_165")  # of the cases that probes.py holds out
 
 
 def head(folder: Path) -> Path:
@@ -62,9 +63,9 @@ def look(output: Path, **asked: object) -> Path:
     from nnunetv2_cva.seeing.look_at import look_at
     from nnunetv2_cva.seeing.requests import LookRequest
 
-    begin = perf_counter()
+    begin, busy = perf_counter(), process_time()
     print("\n".join(look_at(LookRequest(output=str(output), device="cpu", count=2, **asked), lambda *_: None)))  # type: ignore
-    print(f"{perf_counter() - begin:.0f} s\n")
+    print(f"{perf_counter() - begin:.0f} s, {process_time() - busy:.0f} s of a core\n")
     return output / "look.png"
 
 
@@ -75,7 +76,7 @@ def page(folder: Path, picture: Path) -> None:
     address = write_report(folder).resolve().as_uri()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,4300"]
-    subprocess.run([browser, *options, f"--screenshot={picture.resolve()}", address], check=True)  # type: ignore[list-item]
+    subprocess.run([browser, *options, f"--screenshot={picture.resolve()}", address], check=True, stderr=subprocess.DEVNULL)  # type: ignore[list-item]
 
 
 def main() -> None:
@@ -96,6 +97,7 @@ def main() -> None:
         found = look(folder / f"look_hippocampus_{seed}", **asked)
         if seed == 0:
             shutil.copyfile(found, args.docs / "see_hippocampus.png")
+    look(folder / "look_unseen", weights=str(trained[0]), images=UNSEEN, target="4", pairs=40)
     images = tuple(str(args.raw / HEAD / "imagesTr" / f"{name}_0000.nii.gz") for name in SEEN)
     found = look(folder / "look_head", weights=str(head(folder)), images=images)
     shutil.copyfile(found, args.docs / "see_head.png")

@@ -63,7 +63,12 @@ def _places(found: Look) -> dict[str, Any]:
         return (image.to_file(points) - 0.5).round(2).tolist()
 
     matches = [
-        {"network": name, "image": image.name, "places": of(image, m.places), "similarity": m.best.round(4).tolist()}
+        {
+            "network": name,
+            "image": image.name,
+            "places": of(image, m.places),
+            "similarity": m.best.astype(float).round(4).tolist(),
+        }
         for name, each in found.matches.items()
         for image, m in zip(found.images, each, strict=True)
         if m is not None

@@ -22,7 +22,7 @@ State = Literal["TOO EARLY", "LEARNING", "PLATEAU", "COLLAPSING", "COLLAPSED"]
 ENOUGH = 4  # epochs before anything but collapse is said
 FALLEN, GONE = 0.5, 0.1  # of the highest effective rank or spread so far, or before the first step: collapsing, collapsed
 # What the losses compare agrees: the consistency loss is less than this share of the first epoch's (recorded: below 0.002;
-# healthy: above 0.23), or unrelated bins (the same place in another case) have a cosine near 1 (healthy: below 0.6) ...
+# healthy: above 0.23), or unrelated bins (the same place in another case) have a cosine near 1 (healthy: up to 0.52) ...
 VANISHED, ALIKE = 0.05, 0.9
 # ... while it tells nothing apart: retrieval is less than so many times chance (recorded: 0.5 to 1.5; healthy: from 0.2, after 8
 # short epochs of Gram, to 21), and corresponding bins' cosine at most so much above that of unrelated ones (recorded: 0.01).
