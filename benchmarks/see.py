@@ -14,14 +14,17 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
+from PIL import Image
 from probes import weights
 
 HEAD, CONFIGURATION, SPACING, VIEW = "Dataset100_HeadMR", "3d_fullres_cva", [3.0, 3.0, 3.0], [32, 32, 32]
 CASES, EPOCHS, ITERATIONS = 4, 20, 25
+COLUMN = 1500  # pixels of the page's picture in each of its columns
 SEEN = ("papaya_sample", "niivue_T1_head_ext2", "clinical_T2", "niivue_FLAIR")
 HIPPOCAMPI = ("hippocampus_001", "hippocampus_003", "hippocampus_004")
 UNSEEN = ("hippocampus_127", "hippocampus_265", "hippocampus_165")  # of the cases that probes.py holds out
@@ -69,14 +72,28 @@ def look(output: Path, **asked: object) -> Path:
     return output / "look.png"
 
 
+def keep(found: Image.Image, picture: Path) -> None:
+    """As a document shows it: at most 1200 pixels wide, 256 colours."""
+    found.thumbnail((1200, 4000))
+    found.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
 def page(folder: Path, picture: Path) -> None:
-    """Of a training, as a browser shows it."""
+    """Of a training, as a browser shows it, in three columns; without its end, the settings."""
     from nnunetv2_cva.training.report import write_report
 
     address = write_report(folder).resolve().as_uri()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,4300"]
-    subprocess.run([browser, *options, f"--screenshot={picture.resolve()}", address], check=True, stderr=subprocess.DEVNULL)  # type: ignore[list-item]
+    size = (1000, 3 * COLUMN)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size={},{}".format(*size)]
+    with tempfile.TemporaryDirectory() as there:
+        whole = Path(there) / "page.png"
+        subprocess.run([browser, *options, f"--screenshot={whole}", address], check=True, stderr=subprocess.DEVNULL)
+        shown = Image.open(whole).convert("RGB")
+    columns = Image.new("RGB", (3 * shown.width, COLUMN), "white")
+    for n in range(3):
+        columns.paste(shown.crop((0, n * COLUMN, shown.width, (n + 1) * COLUMN)), (n * shown.width, 0))
+    keep(columns, picture)
 
 
 def main() -> None:
@@ -96,11 +113,11 @@ def main() -> None:
         asked = {"weights": str(file), "images": HIPPOCAMPI, "target": "4", "pairs": 40}
         found = look(folder / f"look_hippocampus_{seed}", **asked)
         if seed == 0:
-            shutil.copyfile(found, args.docs / "see_hippocampus.png")
+            keep(Image.open(found), args.docs / "see_hippocampus.png")
     look(folder / "look_unseen", weights=str(trained[0]), images=UNSEEN, target="4", pairs=40)
     images = tuple(str(args.raw / HEAD / "imagesTr" / f"{name}_0000.nii.gz") for name in SEEN)
     found = look(folder / "look_head", weights=str(head(folder)), images=images)
-    shutil.copyfile(found, args.docs / "see_head.png")
+    keep(Image.open(found), args.docs / "see_head.png")
     page(trained[0].parent, args.docs / "see_report.png")
 
 
