@@ -12,6 +12,7 @@ from helpers.images import voxels, write
 from helpers.targets import call, pretraining, randomised, stock_checkpoint, target
 from test_nnssl_format import open_mind
 
+from nnunetv2_cva import embed_image, load_network
 from nnunetv2_cva.seeing import embedding
 from nnunetv2_cva.seeing.dense import DenseMap, on_grid
 from nnunetv2_cva.seeing.frozen import load_frozen, untrained
@@ -76,6 +77,58 @@ def test_a_folder_of_other_features_is_refused(weights, images, tmp_path, capsys
     assert run(weights, images, tmp_path / "out") == 0
     assert run(weights, images, tmp_path / "out", "--taps", -1) == 2
     assert "computed otherwise (taps: None, now [-1])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scan_0", "scan_1", "scan_2"])
+def test_python_gives_what_the_command_writes(weights, images, tmp_path, name):
+    """Of images larger and smaller than the view, and not divisible: maps, their place, the vector, and the map on the voxels."""
+    file = images / f"{name}_0000.nii.gz"
+    loaded = load_network(weights)
+    found = embed_image(loaded, file, taps=[0, -1])
+    assert run(weights, file, tmp_path / "npz", "--level", "dense", "--taps", 0, -1) == 0
+    assert run(weights, file, tmp_path / "image", "--taps", 0, -1) == 0
+    assert run(weights, file, tmp_path / "nifti", "--level", "dense", "--taps", -1, "--format", "nifti") == 0
+    with np.load(tmp_path / "npz" / f"{name}.npz") as content:
+        for m, tap in zip(found.maps, (0, 2), strict=True):
+            np.testing.assert_array_equal(m.values, content[f"tap{tap}"])
+            assert list(m.stride) == content[f"tap{tap}_stride"].tolist()
+            np.testing.assert_array_equal(m.offset, content[f"tap{tap}_offset"])
+    with np.load(tmp_path / "image" / f"{name}.npz") as content:
+        np.testing.assert_array_equal(found.vector, content["vector"])
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "nifti" / f"{name}_tap2.nii.gz")))
+    np.testing.assert_array_equal(found.on_image(1), written)
+    assert all(p.requires_grad for p in loaded.network.parameters()), "the network is as it was"
+
+
+def test_the_place_of_a_cell_is_that_of_its_voxel():
+    """Cropped, its axes exchanged, of half the spacing: at a centre the map on the image's voxels has the cell's value."""
+    properties = {"bbox_used_for_cropping": [[3, 15], [5, 29], [2, 22]], "shape_before_cropping": (20, 32, 25)}
+    image = Image("a", torch.zeros(1, 24, 48, 40), (1.0, 1.0, 1.0), properties, (2, 0, 1))
+    axes = torch.meshgrid(torch.arange(6.0), torch.arange(12.0), torch.arange(10.0), indexing="ij")
+    found = embedding.Embedded((DenseMap(torch.stack(axes), (4, 4, 4), (1.0, 1.0, -1.0), image.size),), image)
+    centres = found.centres(0)
+    assert centres.shape == (6, 12, 10, 3)
+    at = centres[3, 7, 5]  # 12 + 2 + 1, 28 + 2 + 1, 20 + 2 - 1 of the preprocessed image; half of it, and the crop, in the file
+    np.testing.assert_allclose(at, [31 / 2 + 5, 21 / 2 + 2, 15 / 2 + 3])
+    values = found.on_image(0)
+    assert values.shape == (32, 25, 20, 3)
+    corners = [values[tuple(np.floor(at - 0.5).astype(int) + (i, j, k))] for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    np.testing.assert_allclose(np.mean(corners, 0), [3, 7, 5], atol=0.26)  # voxels of half a cell around it
+
+
+def test_python_takes_any_channel_of_an_image(tmp_path):
+    pretraining(tmp_path / "w.pth", target(channels=2))
+    for c in range(2):
+        write(tmp_path / f"a_{c:04d}.nii.gz", voxels(c, (21, 33, 29)))
+    loaded = load_network(tmp_path / "w.pth")
+    first, second = (embed_image(loaded, tmp_path / f"a_{c:04d}.nii.gz", taps=[-1]).vector for c in range(2))
+    np.testing.assert_array_equal(first, second)
+    (tmp_path / "a_0001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="Image a: expected 2 files a_0000"):
+        embed_image(loaded, tmp_path / "a_0000.nii.gz")
+    with pytest.raises(ValueError, match=r"Taps: expected numbers from 0 to 2 .*, found \[7\]"):
+        write(tmp_path / "a_0001.nii.gz", voxels(1, (21, 33, 29)))
+        embed_image(loaded, tmp_path / "a_0000.nii.gz", taps=[7])
 
 
 def test_windows_and_chosen_taps(weights, images, tmp_path):
