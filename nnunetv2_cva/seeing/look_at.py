@@ -70,8 +70,8 @@ def _networks(request: LookRequest) -> dict[str, Frozen]:
         a, b = networks["trained"], networks["against"]
         if (a.spacing, a.channels) != (b.spacing, b.channels):
             raise ValueError(
-                f"`against={request.against}`: expected spacing {a.spacing} and {a.channels} channel(s), as "
-                f"{request.weights} has, found {b.spacing} and {b.channels}."
+                f"`against={request.against}`: expected spacing {a.spacing or 'of the image'} and {a.channels} channel(s), as "
+                f"{request.weights} has, found {b.spacing or 'of the image'} and {b.channels}."
             )
     return networks
 

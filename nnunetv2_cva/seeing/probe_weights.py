@@ -59,8 +59,9 @@ def _networks(request: ProbeRequest) -> dict[str, Frozen]:
         network = load_frozen(path, request.branch, request.trust, device, name)
         if (network.spacing, network.channels, network.view) != (first.spacing, first.channels, first.view):
             raise ValueError(
-                f"{path}: expected spacing {first.spacing}, {first.channels} channel(s) and views of {first.view}, as "
-                f"{request.weights[0]} has, found {network.spacing}, {network.channels} and {network.view}."
+                f"{path}: expected spacing {first.spacing or 'of the image'}, {first.channels} channel(s) and views of "
+                f"{first.view}, as {request.weights[0]} has, found {network.spacing or 'of the image'}, {network.channels} "
+                f"and {network.view}."
             )
         found[name] = network
     return found
