@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
 from nnunetv2_cva.model.families import PRIMUS_V1, PRIMUS_V2_V3
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, token_tap
 from nnunetv2_cva.sizes import by
 
