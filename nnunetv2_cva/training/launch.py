@@ -19,6 +19,7 @@ from torch.backends import cudnn
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder, with_folder
 from nnunetv2_cva.training.checkpoint import BEST
+from nnunetv2_cva.training.device import local_device
 from nnunetv2_cva.training.local_processes import run_on_every_device
 from nnunetv2_cva.transfer.target import find_target
 
@@ -68,8 +69,7 @@ def train(asked: Training) -> int:
     torch.set_num_threads(1 if asked.device == "cuda" or world > 1 else os.cpu_count() or 1)
     with ExitStack() as ending:
         if world > 1:
-            if asked.device == "cuda":
-                torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+            local_device(torch.device(asked.device))  # before the processes meet
             dist.init_process_group({"cuda": "nccl"}.get(asked.device, "gloo"), timeout=TIMEOUT)
             ending.callback(dist.destroy_process_group)
         _run(asked)
@@ -95,8 +95,9 @@ def _run(asked: Training) -> None:
 
 
 def from_slurm(environment: MutableMapping[str, str]) -> None:
-    """What torchrun would have set, for a task of a job step with several tasks (``srun``). Leaves alone what is there."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    """What torchrun would have set, for a task of a job step with several tasks (``srun``). Leaves alone what is there, and a
+    batch script, which has SLURM_PROCID and the tasks of the whole job, too, but is alone."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or "SLURM_PROCID" not in environment or not tasks.isdecimal() or int(tasks) < 2:
         return
     if "MASTER_ADDR" not in environment:
