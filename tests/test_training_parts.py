@@ -182,7 +182,7 @@ def test_curves_have_whole_epochs_parts_that_add_up_and_what_to_compare_with(tmp
     (band,) = by_title[metrics_of_runs.SHARES].patches
     ends = (
         band.get_patch_transform().transform_path(band.get_path()).get_extents()
-    )  # a polygon in matplotlib 3.8, a rectangle now
+    )  # a polygon in matplotlib 3.8
     assert (ends.y0, ends.y1) == pytest.approx(DEFAULT.overlap)
     assert " ".join(figure.get_suptitle().split()).startswith(f"{verdict(epochs).state} after {len(epochs)} epochs: ")
 
