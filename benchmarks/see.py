@@ -67,7 +67,7 @@ def look(output: Path, **asked: object) -> Path:
     from nnunetv2_cva.seeing.requests import LookRequest
 
     begin, busy = perf_counter(), process_time()
-    print("\n".join(look_at(LookRequest(output=str(output), device="cpu", count=2, **asked), lambda *_: None)))  # type: ignore
+    print("\n".join(look_at(LookRequest(output=str(output), device="cpu", count=2, **asked), lambda *_: None)))
     print(f"{perf_counter() - begin:.0f} s, {process_time() - busy:.0f} s of a core\n")
     return output / "look.png"
 

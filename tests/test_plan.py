@@ -667,11 +667,11 @@ def test_what_was_not_counted_is_calculated_from_what_was():
 @pytest.mark.parametrize(
     ("gb", "view", "cases", "mode"),
     [
-        (31, (128, 96, 128), 4, False),
-        (18, (128, 96, 128), 4, "selective"),
-        (7.2, (96, 96, 96), 4, True),
-        (7, (128, 96, 128), 2, True),
-        (4.6, (96, 64, 96), 2, True),
+        (33.8, (128, 96, 128), 4, False),
+        (19.6, (128, 96, 128), 4, "selective"),
+        (7.77, (96, 96, 96), 4, True),
+        (7.55, (128, 96, 128), 2, True),
+        (4.93, (96, 64, 96), 2, True),
     ],
 )
 def test_a_card_gets_the_largest_view_with_as_little_recomputed_as_fits(gb, view, cases, mode):
