@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "nnunetv2_cva"
 # From the ground up: a unit imports from lower layers and from itself, never from its own layer's other units.
 LAYERS = (
-    {"failures", "files", "nnunet", "sizes", "seeding"},
+    {"failures", "files", "nnunet", "seeding", "signals", "sizes"},
     {"settings", "installation"},
     {"config", "distributed"},
     {"views", "model", "losses"},

@@ -1,6 +1,7 @@
 """Features as files: vectors, windows and maps of images, resumable, and maps in the space of their image."""
 
 import csv
+import re
 
 import blosc2
 import nibabel as nib
@@ -226,6 +227,45 @@ def test_any_weights_that_info_reads_are_a_source(make, channels, grid, images, 
         assert content["tap0_stride"].tolist() == [grid] * 3
         cells = [len([c for c in range(99) if 0 <= s * (c + 0.5) + o < n]) for s, o, n in zip(*place(content))]
         assert list(content["tap0"].shape[1:]) == cells, "the cells whose centre lies in the image"
+
+
+def not_resampled(path):
+    """As nnFoundation's files say it: the spacing of the plans is null."""
+    nnssl_unet(path)
+    content = torch.load(path, weights_only=True)
+    plan = content["nnssl_adaptation_plan"]["pretrain_plan"]
+    plan["configurations"] = {"noresample": {**plan["configurations"]["onemmiso"], "spacing": None}}
+    torch.save(content, path)
+    return path
+
+
+def test_images_of_a_network_that_was_not_resampled_stay_as_they_are(tmp_path, capsys):
+    """Law: the voxels alone decide, whatever spacing a file has; millimetres are those of the file."""
+    weights, shape = not_resampled(tmp_path / "f.pth"), (15, 22, 30)
+    spacings = {"fine": (0.5, 0.5, 0.5), "thick": (4.0, 0.7, 0.9)}
+    for name, spacing in spacings.items():
+        write(tmp_path / "images" / f"{name}.nii.gz", voxels(0, shape, air=0), spacing)
+        (found,) = find_images([str(tmp_path / "images" / f"{name}.nii.gz")], 1)
+        image = preprocess(found, load_frozen(weights))
+        assert image.size == shape and image.spacing == pytest.approx(spacing)
+        expected = voxels(0, shape, air=0)
+        np.testing.assert_allclose(image.voxels[0], (expected - expected.mean()) / expected.std(), atol=1e-4)
+    assert run(weights, tmp_path / "images", tmp_path / "out") == 0
+    with np.load(tmp_path / "out" / embedding.VECTORS) as content:
+        np.testing.assert_array_equal(*content["vectors"])
+    files = [str(tmp_path / "images" / f"{name}.nii.gz") for name in spacings]
+    assert call("look", weights, "-i", *files, "-o", tmp_path / "look", "-device", "cpu") == 0
+    page = (tmp_path / "look" / "look.html").read_text()
+    assert [float(s) for s in re.findall(r'"spacing": ?\[([\d.]+)', page)] == [0.5, 4.0]
+    for n, name in enumerate(spacings):  # images enough for two folds
+        write(tmp_path / "images" / f"{name}_again.nii.gz", voxels(n, shape, air=0), spacings[name])
+    rows = [f"images/{name}{again}.nii.gz,{name}" for name in spacings for again in ("", "_again")]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    arguments = ("probe", weights, "--csv", tmp_path / "labels.csv", "--folds", 2, "-o", tmp_path / "probe", "-device", "cpu")
+    assert call(*arguments) == 0 and (tmp_path / "probe" / "probe.csv").is_file()
+    other = nnssl_unet(tmp_path / "resampled.pth")
+    assert call("look", weights, "--against", other, "-i", *files, "-o", tmp_path / "both", "-device", "cpu") == 2
+    assert "expected spacing of the image and 1 channel(s)" in capsys.readouterr().err
 
 
 def place(content):

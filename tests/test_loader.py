@@ -381,14 +381,19 @@ def test_the_fraction_of_air_is_that_of_the_shared_region(setting: str, tmp_path
             assert found == pytest.approx(expected, abs=0.12)
 
 
-def test_tissue_is_not_air_and_a_constant_case_still_loads(tmp_path: Path) -> None:
+def test_tissue_is_not_air_and_a_case_that_has_turned_constant_is_named(tmp_path: Path) -> None:
     case = cases_module.Case(str(write_case(tmp_path, "tissue", texture((45, 50, 40)))))
     flat = cases_module.Case(str(write_case(tmp_path, "flat", np.full((1, 45, 50, 40), 2.5, np.float32))))
     pair = draw_pair((45, 50, 40), SIZE, PLAIN, np.random.default_rng(0))
     box = window(pair, 0)
     assert air_fraction(case.read(box), box, pair) < 0.1
     assert air_fraction(flat.read(box), box, pair) == 1.0
-    assert (dataset(tmp_path, ["flat"], CVAConfig(rotation_p=0, scale_p=0))[0]["views"] == 2.5).all()
+    with pytest.raises(ValueError, match="flat.b2nd: every voxel is 2.5. Remove it"):
+        dataset(tmp_path, ["flat"], CVAConfig(rotation_p=0, scale_p=0))[0]
+    nearly = np.full((1, 45, 50, 40), 2.5, np.float32)
+    nearly[0, -1, -1, -1] = 9.0
+    write_case(tmp_path, "nearly", nearly)
+    assert (dataset(tmp_path, ["nearly"], CVAConfig(rotation_p=0, scale_p=0, padding=0))[0]["views"] == 2.5).any()
 
 
 def test_air_means_air_in_every_channel(tmp_path: Path) -> None:

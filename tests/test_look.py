@@ -349,7 +349,7 @@ def test_labels_of_a_target_give_tables(tmp_path, monkeypatch, capsys):
 
 
 def test_points_of_a_file_are_voxels_of_the_first_image(tmp_path, looked, capsys):
-    (tmp_path / "points.csv").write_text("i,j,k\n6,8,7\n13,17,9\n")
+    (tmp_path / "points.csv").write_bytes("i;j;k\r\n6;8;7\r\n13; 17;9\r\n".encode("utf-16"))  # as a spreadsheet saves it
     files = sorted(looked.parent.glob("scan_*.nii.gz"))[:2]
     weights = looked.parent / "checkpoint_final.pth"
     assert call("look", weights, "-i", *files, "-o", tmp_path, "--points", tmp_path / "points.csv", "-device", "cpu") == 0

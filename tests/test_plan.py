@@ -131,6 +131,18 @@ def test_what_nnunet_needs_is_there(folders):
     assert len(splits) == 5 and all(len(s["train"]) + len(s["val"]) == 7 for s in splits)
 
 
+@pytest.mark.parametrize("processes", ["0", "many"])
+def test_any_number_of_loader_processes_is_planned_preprocessed_and_looked_at_with(folders, monkeypatch, processes):
+    """nnU-Net's planners give torch as many threads; 0, which doctor recommends for small containers, is none."""
+    _, preprocessed = folders
+    monkeypatch.setenv("nnUNet_n_proc_DA", processes)
+    assert call("-d", 500, "-pl", "ExperimentPlanner", "--view", 16, 16, 16) == 0
+    for command in (["preprocess", "-np", "1"], ["peek", "--cases", "1", "--pairs", "1"]):
+        assert main.main([command[0], "-d", "500", *command[1:]]) == 0
+    assert os.environ["nnUNet_n_proc_DA"] == processes
+    assert (preprocessed / "Dataset500_Images" / "views.png").exists()
+
+
 def test_the_environment_is_as_before(folders, monkeypatch):
     raw, preprocessed = folders
     call("-d", 500, "-pl", "ExperimentPlanner")
@@ -210,6 +222,14 @@ def test_what_the_images_are_and_what_the_target_is(targets, tmp_path, capsys):
 
 
 # ---- presets
+
+
+def test_the_tables_of_memory_say_what_the_presets_say():
+    texts = [(ROOT / f).read_text() for f in ("docs/data.md", "benchmarks/README.md")]
+    for name in nnunet_plans.presets():
+        number = nnunet_plans.from_preset(name)["preset"]["peak_memory"].partition(" ")[0]
+        rows = [line for text in texts for line in text.splitlines() if line.startswith((f"| `{name}` |", f"| {name} |"))]
+        assert len(rows) == 2 and f"| {number} GB" in rows[0] and f"| **{number}** |" in rows[1], name
 
 
 @pytest.mark.parametrize("name", sorted(nnunet_plans.presets()))

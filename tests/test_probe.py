@@ -66,7 +66,7 @@ def test_images_by_the_command(tmp_path, capsys):
         volume = phantom(seed=n).voxels[0].numpy() + (n % 2) * np.random.default_rng(n).normal(0, 0.5, (20, 26, 22))
         write(tmp_path / f"{n}.nii.gz", (100 * volume + 50).astype(np.float32))
         lines.append(f"{n}.nii.gz,{'noisy' if n % 2 else 'clean'},s{n}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "labels.csv").write_bytes("\r\n".join(lines).replace(",", ";").encode("utf-16"))  # as a spreadsheet saves it
     arguments = ("probe", tmp_path / "w.pth", "--csv", tmp_path / "labels.csv", "-o", tmp_path / "out", "-device", "cpu")
     assert call(*arguments, "--folds", 2) == 0
     out = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_images_by_the_command(tmp_path, capsys):
     (tmp_path / "labels.csv").write_text("path,label\n0.nii.gz,a\nno.nii.gz,b\n")
     assert call(*arguments) == 2 and "no.nii.gz: expected an image" in capsys.readouterr().err
     (tmp_path / "labels.csv").write_text("file\nx\n")
-    assert call(*arguments) == 2 and "expected columns path,label[,subject], found ['file']" in capsys.readouterr().err
+    assert call(*arguments) == 2 and "labels.csv: expected the columns path, label, found file" in capsys.readouterr().err
 
 
 def test_images_of_several_channels_by_the_command(tmp_path, capsys):

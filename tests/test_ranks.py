@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,10 +139,14 @@ def command(*options):
 
 def agents(nodes, per_node, *options):
     """A torchrun agent for each node, all on this machine. Returns code and output of each."""
+    return [(p.communicate(timeout=280)[0], p.returncode) for p in started_agents(nodes, per_node, *options)]
+
+
+def started_agents(nodes, per_node, *options):
     port = free_port()
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={per_node}"]
     run += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    started = [
+    return [
         subprocess.Popen(
             [*run, f"--node_rank={n}", *command(*options)],
             stdout=subprocess.PIPE,
@@ -151,7 +156,6 @@ def agents(nodes, per_node, *options):
         )
         for n in range(nodes)
     ]
-    return [(p.communicate(timeout=280)[0], p.returncode) for p in started]
 
 
 @pytest.fixture
@@ -196,6 +200,46 @@ def test_a_run_of_one_process_is_continued_by_two(project, monkeypatch):
     assert len(final(project)[1]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_that_are_stopped_and_started_again_end_as_if_they_had_been_left_alone(project):
+    """What docs/cluster.md says of torchrun: SIGTERM to both agents, 1 is their code, the log tells that the run was saved."""
+    plans = project / "preprocessed" / NAME / "nnUNetPlans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"][CONFIGURATION]["cva"].update(epochs=2, iterations_per_epoch=20)
+    plans.write_text(json.dumps(content))
+    started, results = started_agents(2, 1, "--c"), project / "results" / NAME
+    while not any("Epoch 0" in log.read_text() for log in results.rglob("training_log_*.txt")):
+        assert all(p.poll() is None for p in started), [p.communicate() for p in started]
+        time.sleep(0.2)
+    for p in started:
+        p.terminate()
+    done = [(p.communicate(timeout=100)[0], p.returncode) for p in started]
+    (log,) = results.rglob("training_log_*.txt")
+    assert all(code not in (0, 75) for _, code in done) and "Stopped: SIGTERM" in log.read_text(), done
+    assert "Exit code 75" in log.read_text() and not list(results.rglob("checkpoint_final.pth"))
+    again = agents(2, 1, "--c")
+    assert [code for _, code in again] == [0, 0] and "Resuming after" in "".join(out for out, _ in again), again
+    interrupted, records = final(project)
+    results.rename(project / "interrupted")
+    assert [code for _, code in agents(2, 1, "--c")] == [0, 0]
+    alone, expected = final(project)
+    for part in ("teacher", "heads"):
+        for one, other in zip(tensors(interrupted["cva"][part]), tensors(alone["cva"][part]), strict=True):
+            assert torch.equal(one, other), part
+    assert all(torch.equal(v, alone["network_weights"][k]) for k, v in interrupted["network_weights"].items())
+    timed = ("seconds", "data_wait")
+    assert [{k: v for k, v in r.items() if k not in timed} for r in records] == [
+        {k: v for k, v in r.items() if k not in timed} for r in expected
+    ]
+
+
+def tensors(content):
+    if isinstance(content, torch.Tensor):
+        return [content]
+    return [t for value in content.values() for t in tensors(value)] if isinstance(content, dict) else []
+
+
 def test_what_one_rank_refuses_ends_all_with_one_sentence(project, monkeypatch):
     (project / "preprocessed" / NAME / "nnUNetPlans_3d_fullres" / "case_03.b2nd").write_bytes(b"torn")
     ((out, code),) = agents(1, 2)
@@ -205,7 +249,7 @@ def test_what_one_rank_refuses_ends_all_with_one_sentence(project, monkeypatch):
 def test_slurms_variables_are_torchruns(monkeypatch):
     environment = {
         "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "123",
         "SLURM_JOB_NODELIST": "n[1-4]",
@@ -215,7 +259,9 @@ def test_slurms_variables_are_torchruns(monkeypatch):
     from_slurm(environment)
     found = [environment[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["5", "8", "1", "n1", "20123"]
-    for alone in ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"RANK": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, {}):
+    tasks = "SLURM_STEP_NUM_TASKS"
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    for alone in (batch_script, {"SLURM_PROCID": "0", tasks: "1"}, {"RANK": "0", "SLURM_PROCID": "1", tasks: "2"}, {}):
         before = dict(alone)
         from_slurm(alone)
         assert alone == before
@@ -224,12 +270,17 @@ def test_slurms_variables_are_torchruns(monkeypatch):
 def test_a_missing_scontrol_asks_for_the_address(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="first of the nodes a could not be found .*set MASTER_ADDR"):
-        from_slurm({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "a"})
+        from_slurm({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "a"})
 
 
 def test_the_local_number_names_the_device(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert local_device(torch.device("cuda")) == torch.device("cuda", 3) and chosen == [3]
-    assert local_device(torch.device("cpu")) == torch.device("cpu")
+    for there, expected in ((8, 3), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        assert local_device(torch.device("cuda")) == torch.device("cuda", expected) and chosen.pop() == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match="Process 3 of this machine has no GPU: torch finds 3"):
+        local_device(torch.device("cuda"))
+    assert local_device(torch.device("cpu")) == torch.device("cpu") and not chosen

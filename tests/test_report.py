@@ -14,6 +14,7 @@ from helpers.targets import call
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
 
+from nnunetv2_cva.commands.main import main
 from nnunetv2_cva.training import report, showing
 
 
@@ -84,6 +85,29 @@ def test_the_command_makes_the_page_anew_and_prints_the_verdict(folder, capsys):
 def test_a_folder_of_something_else(tmp_path, capsys):
     assert call("report", tmp_path) == 2
     assert "is no folder of a pretraining: expected metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl: expected one JSON object of numbers a line"),
+        ("metrics.jsonl", '{"epoch": "x"}\n', "metrics.jsonl: expected one JSON object of numbers a line"),
+        ("metrics.jsonl", "[" * 5000, "metrics.jsonl: expected one JSON object of numbers a line"),
+        ("watched.json", '{"data": 1}', "watched.json: expected a folder and a list of cases"),
+        ("plans.json", '{"configurations": {"3d_fullres": {"spacing": "x"}}}', r"three positive numbers as spacing, found 'x'"),
+        ("cva_config.json", "[]", "cva_config.json: expected a JSON object"),
+    ],
+)
+def test_files_that_somebody_else_has_written_are_named(folder, tmp_path, capsys, name, content, message):
+    copy = tmp_path / folder.parent.name / folder.name
+    copy.mkdir(parents=True)
+    for path in [folder / n for n in ("metrics.jsonl", "watched.json", "cva_config.json")]:
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "checkpoint_final.pth").write_bytes(b"PK\x03\x04")  # not reached
+    (copy.parent / "plans.json").write_bytes((folder.parent / "plans.json").read_bytes())
+    (copy.parent / name if name == "plans.json" else copy / name).write_text(content)
+    assert main(["report", str(copy)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_is_not_there_yet_is_left_out_or_said(folder, tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.projects import make_project
 from helpers.projects import plans as tiny_plans
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnunetv2_cva.commands import settings as settings_command
 from nnunetv2_cva.commands.main import main
@@ -17,6 +20,8 @@ from nnunetv2_cva.config import CVAConfig, FinetuneConfig, resolve
 from nnunetv2_cva.files import read_json, read_object
 from nnunetv2_cva.nnunet import configuration, fine_tuned, inheritance
 from nnunetv2_cva.training import checkpoint
+from nnunetv2_cva.training.launch import load_pretrained
+from nnunetv2_cva.transfer.target import find_target
 
 BOUNDED = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -181,6 +186,7 @@ def test_names_stay_names(arguments, tmp_path, monkeypatch, capsys):
         (["train", "4", "3d_fullres", "x", "-device", "cpu"], "fold`: expected \"all\" or a number, found 'x'"),
         (["train", "4", "3d_fullres", "all", "--c", "--val", "-device", "cpu"], "--c goes with neither --val nor"),
         (["train", "4", "3d_fullres", "all", "-device", "cpu"], "No dataset 4"),
+        (["train", "4", "3d_fullres", "all", "-device", "cpu", "-num_gpus", "-1"], "-num_gpus -1: expected 1 or more"),
         (["info", "n" * 300 + ".pth"], "n.pth"),
     ],
 )
@@ -189,6 +195,53 @@ def test_absurd_arguments_are_one_sentence(arguments, message, tmp_path, monkeyp
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A dataset that can be trained on, with stock nnU-Net's weights for it, and others."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        make_project(folder, patch, cva={"epochs": 1})
+        network = find_target("100", "3d_fullres", "nnUNetPlans", "nnUNetTrainer").build()
+    weights = {k: torch.full_like(v, 0.01) for k, v in network.state_dict().items()}
+    torch.save({"network_weights": weights}, folder / "fits.pth")
+    torch.save({"network_weights": {**weights, next(iter(weights)): torch.zeros(3)}}, folder / "other.pth")
+    torch.save({"a": 1}, folder / "nothing.pth")
+    (folder / "torn.pth").write_bytes(b"PK\x03\x04torn")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-pretrained_weights", "other.pth"], r"other.pth does not fit the network \(encoder.*: expected .*, found \(3,\)\)"),
+        (["-pretrained_weights", "nothing.pth"], "nothing.pth holds no weights of a network"),
+        (["-pretrained_weights", "torn.pth"], "torn.pth cannot be read as a checkpoint"),
+        (["-pretrained_weights", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--val"], "checkpoint_final.pth does not exist: the training has not ended"),
+    ],
+)
+def test_what_a_training_cannot_begin_with_is_one_sentence(project, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(project)
+    make_project(project, monkeypatch, cva={"epochs": 1})
+    assert main(["train", "100", "3d_fullres", "all", "-device", "cpu", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_weights_are_taken_as_nnunets_function_takes_them(project, monkeypatch):
+    make_project(project, monkeypatch, cva={"epochs": 1})
+    ours, theirs = (find_target("100", "3d_fullres", "nnUNetPlans", "nnUNetTrainer").build() for _ in range(2))
+    load_pretrained(ours, str(project / "fits.pth"))
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        for name, value in theirs.state_dict().items():
+            if ".seg_layers." not in name:
+                value.zero_()
+    load_pretrained_weights(theirs, str(project / "fits.pth"))
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    assert all((v == torch.full_like(v, 0.01)).all() for k, v in ours.state_dict().items() if k.startswith("encoder."))
+    assert all(len(v.unique()) > 1 for k, v in ours.state_dict().items() if k.endswith("seg_layers.0.weight"))
 
 
 def test_an_ascii_terminal_shows_every_name(tmp_path):

@@ -10,15 +10,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import blosc2
+import numpy as np
 import pytest
 import torch
 from helpers.projects import CONFIGURATION, NAME, make_project, make_trainer, train
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
-from nnunetv2_cva.failures import TOLD, TrainingFailed
-from nnunetv2_cva.training import checkpoint, failing, folder, local_processes, stopping
+from nnunetv2_cva import files
+from nnunetv2_cva.failures import TOLD, TrainingFailed, sentence
+from nnunetv2_cva.training import checkpoint, failing, folder, local_processes, showing, stopping
 from nnunetv2_cva.training.folder import LOCK, only_one, refuse_or_set_aside
 from nnunetv2_cva.training.progress import Progress, judge_skipped
+from nnunetv2_cva.training.run_cases import refuse_other_cases, stamps
 from nnunetv2_cva.training.step import TrainingStep
 
 ENVIRONMENT = "nnUNet_cva"
@@ -102,6 +106,20 @@ def test_a_second_signal_ends_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "SIGTERM\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_while_the_program_starts_asks_for_another_start(number):
+    """As soon as it is asked to train, before anything slow is imported."""
+    code = (
+        "import os, sys\nfrom nnunetv2_cva.commands.main import main\n"
+        "class Sent:\n    def find_spec(self, name, *rest):\n"
+        f"        if name == 'nnunetv2_cva.training': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Sent())\nsys.exit(main(['train', '100', '3d_fullres', 'all', '--c']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    expected = f"nnunetv2_cva: {number.name} came outside the training: start the same command again. Exit code 75.\n"
+    assert (done.returncode, done.stderr) == (75, expected)
 
 
 # ---- no run is destroyed
@@ -238,32 +256,117 @@ def test_best_is_made_again(tmp_path, monkeypatch, capsys, how):
     assert all(torch.equal(v, best["network_weights"][k]) for k, v in again.network.state_dict().items())
 
 
-def test_a_full_disk_while_saving_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    make_project(tmp_path, monkeypatch, cva={"epochs": 2})
+# ---- a full disk
+
+
+class Disk:
+    """Files whose name is in ``full`` are written to a device of the system on which nothing has room."""
+
+    def __init__(self):
+        self.full = ()
+
+    def fill(self, folder, name="*"):
+        if name in self.full:
+            os.symlink("/dev/full", folder / f"{name}.{files.HOST}.{os.getpid()}{files.PARTIAL}")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    disk = Disk()
+    monkeypatch.setattr(files, "remove_abandoned", disk.fill)  # called before every file that is written whole
+    return disk
+
+
+NOT_NEEDED_NOW = ("checkpoint_latest.pth", "checkpoint_best.pth", "metrics.jsonl", "progress.png", "views.png")
+
+
+def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, capsys, disk):
+    make_project(tmp_path, monkeypatch, cva={**SETTINGS, "epochs": 5, "iterations_per_epoch": 1})
     trainer = make_trainer(nnUNetTrainerCVA)
-    save = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "watch", lambda: {"retrieval": 0.1 * trainer.current_epoch})  # every epoch is the best
+    monkeypatch.setattr(showing, "EVERY", 1)  # and has a picture
+    ordinary, before = trainer.on_epoch_end, {}
 
-    def full(path):
-        if not path.endswith("final.pth"):
-            raise OSError(28, "No space left on device")
-        save(path)
+    def epoch_end():
+        results = Path(trainer.output_folder)
+        if trainer.current_epoch == 1:
+            before.update({p.name: p.read_bytes() for p in results.iterdir() if p.name in NOT_NEEDED_NOW})
+        disk.full = NOT_NEEDED_NOW if trainer.current_epoch in (1, 2) else ()
+        ordinary()
+        if trainer.current_epoch == 3:
+            assert len(before) == 5 and {name: (results / name).read_bytes() for name in before} == before
 
-    trainer.save_checkpoint = full
+    trainer.on_epoch_end = epoch_end
     trainer.run_training()
-    assert "No space left on device Training goes on." in capsys.readouterr().out.replace("[Errno 28] ", "")
-    assert [p.name for p in Path(trainer.output_folder).glob("*.pth")] == ["checkpoint_final.pth"]
+    out = capsys.readouterr().out
+    times = {name: out.count(f"Training goes on without a new {name}.") for name in NOT_NEEDED_NOW}
+    assert times == {name: 2 if name == "checkpoint_latest.pth" else 1 for name in NOT_NEEDED_NOW}
+    assert out.count("No space left on device") == 6
+    results = Path(trainer.output_folder)
+    assert len((results / "metrics.jsonl").read_text().splitlines()) == 5 and not list(results.glob("*.partial"))
+    assert sorted(p.name for p in results.glob("*.pth")) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+
+
+@pytest.mark.parametrize("at", ["a stop", "the end"])
+def test_what_a_full_disk_ends_can_be_continued(whole, tmp_path, monkeypatch, capsys, disk, at):
+    make_project(tmp_path, monkeypatch, cva=SETTINGS)
+    trainer = make_trainer(nnUNetTrainerCVA)
+    name, latest = "checkpoint_final.pth", Path(trainer.output_folder) / "checkpoint_latest.pth"
+    if at == "a stop":
+        name, ordinary = latest.name, trainer.train_step
+        trainer.train_step = lambda batch: (batch["step"] == 7 and os.kill(os.getpid(), signal.SIGTERM), ordinary(batch))[1]
+    opened = trainer.on_train_epoch_start
+    trainer.on_train_epoch_start = lambda: (setattr(disk, "full", (name,) if trainer.current_epoch == 2 else ()), opened())
+    expected = r"No space left on device.*checkpoint_latest.pth is untouched: make room, then continue with --c"
+    with pytest.raises(OSError, match=f"{name} cannot be written: {expected}") as error:
+        trainer.run_training()
+    assert "\n" not in sentence(error.value) and checkpoint.summary(latest)["current_epoch"] == 2
+    disk.full = ("checkpoint_best.pth",)
+    (latest.parent / disk.full[0]).unlink()
+    again = train(nnUNetTrainerCVA, resume=True)
+    assert "Training goes on without a new checkpoint_best.pth" in capsys.readouterr().out
+    assert all(torch.equal(v, everything(again)[k]) for k, v in everything(whole).items())
 
 
 # ---- cases
 
 
+def uncompressed(path, seed):
+    """A case of noise that takes as many bytes whatever it holds. Returns how many."""
+    noise = np.random.default_rng(seed).normal(size=(1, 26, 30, 24)).astype(np.float32)
+    blosc2.asarray(noise, urlpath=str(path), mode="w", cparams={"clevel": 0})
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, 40_000])
+def test_a_stamp_tells_files_of_equal_size_apart(tmp_path, size):
+    content = bytearray(np.random.default_rng(0).bytes(size))
+    found = set()
+    for place in (None, 0, size // 2, size - 1) if size else (None,):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        (tmp_path / "a.b2nd").write_bytes(changed)
+        found.add(stamps(str(tmp_path), ["a"])["a"])
+    assert len(found) == (4 if size else 1)
+    (tmp_path / "a.b2nd").write_bytes(content)
+    now = stamps(str(tmp_path), ["a"])
+    assert refuse_other_cases({"a": size}, now, False) == ""  # what checkpoints held earlier
+    with pytest.raises(ValueError, match=r"^The training cases .*: 1 changed \(a\)"):
+        refuse_other_cases({"a": size + 1}, now, False)
+
+
 def test_other_cases_are_named_and_refused_unless_asked_for(tmp_path, monkeypatch, capsys):
     data = make_project(tmp_path, monkeypatch, cva=SETTINGS)
+    uncompressed(data / "case_07.b2nd", 0)
     stopped_in(4, monkeypatch)
+    assert (data / "case_07.b2nd").stat().st_size == uncompressed(data / "case_07.b2nd", 1)
     (data / "case_03.b2nd").rename(data / "case_99.b2nd")
     (data / "case_05.b2nd").write_bytes((data / "case_06.b2nd").read_bytes())
     again = make_trainer(nnUNetTrainerCVA, resume=True)
-    expected = r"1 new \(case_99\), 1 gone \(case_03\), 1 changed \(case_05\)"
+    expected = r"1 new \(case_99\), 1 gone \(case_03\), 2 changed \(case_05, case_07\)"
     with pytest.raises(ValueError, match=f"not those that the run began with: {expected}"):
         again.run_training()
     monkeypatch.setenv(ENVIRONMENT, '{"other_cases": true}')

@@ -354,16 +354,6 @@ def test_killed_while_a_checkpoint_of_the_first_epoch_is_written(project, monkey
     assert again.current_epoch == (1 if file == "checkpoint_best.pth" else 0)
 
 
-def test_a_picture_that_cannot_be_written_costs_no_run(project, monkeypatch, capsys):
-    def full(self, config):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("nnunetv2_cva.training.history.History.plot", full)
-    trainer = train(nnUNetTrainerCVA)
-    assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
-    assert capsys.readouterr().out.count("WARNING: metrics.jsonl, progress.png and views.png could not be written") == 2
-
-
 def test_nnunets_switch_for_the_best_checkpoint_names_it_in_the_end(finished, capsys):
     trainer = make_trainer(nnUNetTrainerCVA, resume=True)
     trainer.load_checkpoint(str(finished / "checkpoint_best.pth"))  # as nnUNetv2_train --val_best does

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnunetv2_cva.commands.options import request
+from nnunetv2_cva.signals import ending_with_the_code
 
 HELP = "Train as nnUNetv2_train does, also as one of several processes that torchrun or srun starts; finds our recipes itself."
 
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. Exit code 0: finished, 75: stopped by a signal or its limit of time and saved, 2: refused."""
-    from nnunetv2_cva.training.launch import Training, train
+    """Train. Exit code 0: finished, 75: stopped by a signal or its limit of time, nothing lost, 2: refused."""
+    with ending_with_the_code():
+        from nnunetv2_cva.training.launch import Training, train
 
-    return train(request(Training, args))
+        return train(request(Training, args))

@@ -42,15 +42,15 @@ LEFT: dict[str, Any] = {
 class Frozen:
     """An encoder and what it expects. ``encode``: views (N, C, *view) on ``device`` -> a map (N, C, cells) of every tap.
 
-    ``plans`` and ``configuration`` say how images are preprocessed for it, at ``spacing`` (mm along i, j, k); ``view`` is the
-    extent that it was trained with.
+    ``plans`` and ``configuration`` say how images are preprocessed for it, at ``spacing`` (mm along i, j, k; None where they keep
+    their own); ``view`` is the extent that it was trained with.
     """
 
     label: str
     encode: Encode
     taps: tuple[Tap, ...]
     view: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, float, float] | None
     channels: int
     plans: dict[str, Any]
     configuration: str
@@ -81,7 +81,7 @@ def _expected(network: Frozen, views: bool) -> dict[str, Any]:
         if scheme not in BY_ITSELF
     }
     return {
-        "spacing": network.spacing,
+        "spacing": network.spacing or "of the image",
         "channels": network.channels,
         "axes": list(network.plans["transpose_forward"]),
         "normalisation": schemes,
@@ -142,7 +142,8 @@ def frozen(loaded: Loaded, file: str = "The file of this network", label: str = 
     }
     i, j, k = (int(n) for n in view)
     si, sj, sk = (float(s) for s in spacing)
-    return Frozen(label, loaded.maps, loaded.taps, (i, j, k), (si, sj, sk), len(schemes), plans, name, chosen)
+    grid = None if settings.get("resampling_fn_data") == NO_RESAMPLING else (si, sj, sk)
+    return Frozen(label, loaded.maps, loaded.taps, (i, j, k), grid, len(schemes), plans, name, chosen)
 
 
 def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:

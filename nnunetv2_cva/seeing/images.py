@@ -147,7 +147,8 @@ def preprocess(found: FoundImage, network: Frozen, labels: str | Path | None = N
     i, j, k = plans.transpose_forward
     kept = None if labels is None else np.maximum(seg[0], 0).astype(np.int16)
     voxels = torch.from_numpy(np.ascontiguousarray(data, np.float32))
-    return Image(found.name, voxels, network.spacing, properties, (i, j, k), kept)
+    si, sj, sk = network.spacing or (float(properties["spacing"][a]) for a in (i, j, k))
+    return Image(found.name, voxels, (si, sj, sk), properties, (i, j, k), kept)
 
 
 def body(voxels: Tensor) -> Tensor:

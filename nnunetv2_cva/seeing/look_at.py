@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunetv2_cva.datasets.tables import decoded
 from nnunetv2_cva.files import write_json
 from nnunetv2_cva.seeing.frozen import Frozen, check_comparable, load_frozen, untrained
 from nnunetv2_cva.seeing.images import Image, find_images, preprocess
@@ -95,7 +97,8 @@ def _networks(request: LookRequest) -> dict[str, Frozen]:
 def _points(path: str, image: Image) -> np.ndarray:
     """(P, 3) in voxels of the preprocessed image."""
     try:
-        rows = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = decoded(Path(path).read_bytes()).splitlines()
+        rows = [re.split(r"[,;\s]+", line.strip(" ,;\t")) for line in lines if line.strip()]
         rows = rows[1:] if rows and not rows[0][0].lstrip("-")[:1].isdigit() else rows  # a header
         values = np.array([[float(v) for v in row] for row in rows]).reshape(-1, 3)
     except (OSError, ValueError) as e:

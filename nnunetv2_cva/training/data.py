@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,6 @@ def check_folds(fold: int | str, dataset: str | Path, folder: str | Path) -> Non
         )
 
 
-def check_cases_of_run(before: Mapping[str, int], now: Mapping[str, int]) -> str:
-    """What differs between the cases that a run began with and those of now (names and bytes), in words; empty: nothing."""
-    parts = []
-    for what, names in (
-        ("new", sorted(now.keys() - before.keys())),
-        ("gone", sorted(before.keys() - now.keys())),
-        ("changed", sorted(k for k in now.keys() & before.keys() if now[k] != before[k])),
-    ):
-        if names:
-            parts.append(f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
-    return ", ".join(parts)
-
-
 class TrainingData:
     """Batches of training cases and the watched pairs, which are always the same.
 
@@ -150,10 +137,6 @@ class TrainingData:
         )
         self.say(f"{len(self.training)} training cases, {loader.num_workers} loader processes.{' ' + note if note else ''}")
         return Batches(loader)
-
-    def stamps(self) -> dict[str, int]:
-        """Name -> bytes of every training case: what a run that is continued has to find again."""
-        return {key: os.stat(os.path.join(self.cases.folder, f"{key}.b2nd")).st_size for key in self.training}
 
     def cases_of(self, steps: Iterable[int]) -> list[str]:
         """Names of the cases of these steps, of all ranks."""

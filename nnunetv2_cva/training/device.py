@@ -54,11 +54,17 @@ def local_device(device: torch.device) -> torch.device:
     """This process's own among the devices of its machine, of several processes that train together.
 
     The launcher says which (LOCAL_RANK); without it all processes are on one machine, as nnU-Net's ``-num_gpus`` starts them.
+    A process that is shown a single GPU, as some launchers do it, has that one.
+
+    Raises:
+        ValueError: more processes than GPUs.
     """
     if device.type != "cuda":
         return device
-    given = os.environ.get("LOCAL_RANK")
-    index = dist.get_rank() if given is None else int(given)
+    given, there = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    index = 0 if there == 1 else dist.get_rank() if given is None else int(given)
+    if index >= there:
+        raise ValueError(f"Process {index} of this machine has no GPU: torch finds {there}. Start one process for each GPU.")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -15,14 +17,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva import __version__
 from nnunetv2_cva.config import CVAConfig, check_resumable
+from nnunetv2_cva.failures import sentence
 from nnunetv2_cva.model.branches import Student, Teacher
+from nnunetv2_cva.signals import EXIT_CODE
 from nnunetv2_cva.training import checkpoint as checkpoints
-from nnunetv2_cva.training.data import TrainingData
 from nnunetv2_cva.training.failing import noting, speak_plainly_in_nnunets_command
 from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.progress import Progress
-from nnunetv2_cva.training.stopping import EXIT_CODE, Stopped, Stopping
+from nnunetv2_cva.training.stopping import Stopped, Stopping
 from nnunetv2_cva.training.watching import criterion
 
 
@@ -39,10 +42,11 @@ class LastingRun(nnUNetTrainer):
     grad_scaler: torch.amp.GradScaler | None
     history: History
     record: dict[str, Any]  # of the epoch that has ended
-    data: TrainingData
+    _stamps: dict[str, str]  # of the training cases, when this process began
     _constructed: float
     _asked_to_continue: bool
     _saved_at: float
+    _unwritten: set[str]  # names of files
     _progress: Progress
     _stopping: Stopping | None
     _resumed: dict[str, Any] | None
@@ -54,6 +58,7 @@ class LastingRun(nnUNetTrainer):
     def _begin(self, plans: dict[str, Any]) -> None:
         """Before anything can fail."""
         self._constructed = monotonic()
+        self._unwritten = set()
         self._asked_to_continue = bool(plans.get("continue_training"))
         speak_plainly_in_nnunets_command()
 
@@ -81,7 +86,7 @@ class LastingRun(nnUNetTrainer):
         """Save and end the program, all ranks after the same step."""
         reason = "" if self._stopping is None else self._stopping.reason()
         if reason:
-            self.save_checkpoint(join(self.output_folder, checkpoints.LATEST))
+            self._save_as(checkpoints.LATEST)
             if self.is_ddp:
                 dist.barrier()  # who ended before the file is written would have the others ended
             self.dataloader_train.close()
@@ -97,13 +102,26 @@ class LastingRun(nnUNetTrainer):
         age = monotonic() - self._saved_at + self.record["seconds"]
         last = self.current_epoch == self.num_epochs
         due = not last and (self.current_epoch == 1 or age > 60 * self.config.checkpoint_minutes)
-        for name in (*((checkpoints.LATEST,) if due else ()), *((checkpoints.BEST,) if improved else ())):
-            try:
-                self.save_checkpoint(join(self.output_folder, name))
-            except OSError as e:  # a disk that is full now need not be in the end
-                self.print_to_log_file(f"WARNING: {e} Training goes on.")
-            else:
-                self._saved_at = monotonic() if name == checkpoints.LATEST else self._saved_at
+        if due and self._written(checkpoints.LATEST, partial(self._save_as, checkpoints.LATEST)):
+            self._saved_at = monotonic()
+        if improved:
+            self._written(checkpoints.BEST, partial(self._save_as, checkpoints.BEST))
+
+    def _save_as(self, name: str) -> None:
+        self.save_checkpoint(join(self.output_folder, name))
+
+    def _written(self, name: str, write: Callable[[], None]) -> bool:
+        """Whether something could be written that a run can do without for now: a disk that is full need not be in the end. Said
+        when it begins, of the latest checkpoint every time."""
+        try:
+            write()
+        except OSError as e:
+            if name not in self._unwritten or name == checkpoints.LATEST:
+                self.print_to_log_file(f"WARNING: {sentence(e)} Training goes on without a new {name}.")
+            self._unwritten.add(name)
+            return False
+        self._unwritten.discard(name)
+        return True
 
     def _mend_best(self) -> None:
         """Write the best checkpoint again from the weights that are continued, where a kill has left none or one of an earlier
@@ -116,7 +134,8 @@ class LastingRun(nnUNetTrainer):
         found = checkpoints.summary(join(self.output_folder, checkpoints.BEST))
         if found is not None and found["current_epoch"] >= best:
             return
-        self.save_checkpoint(join(self.output_folder, checkpoints.BEST))
+        if not self._written(checkpoints.BEST, partial(self._save_as, checkpoints.BEST)):
+            return
         lost = "" if best == self.current_epoch else f" The best was after {best} epochs, and those weights are lost."
         self.print_to_log_file(f"{checkpoints.BEST} was made again from the weights after {self.current_epoch} epochs.{lost}")
 
@@ -143,7 +162,7 @@ class LastingRun(nnUNetTrainer):
                 "backbone_trainer": self.backbone_trainer.__name__,
                 "step": len(self._progress.outputs),
                 "progress": progress,
-                "cases": self.data.stamps(),
+                "cases": self._stamps,
                 "started_from": self._started_from,
                 "at_start": self._at_start,
             },

@@ -14,13 +14,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from torch import nn
 from torch.backends import cudnn
 
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.installation.hook import VARIABLE, recipes_folder, with_folder
-from nnunetv2_cva.training.checkpoint import BEST
+from nnunetv2_cva.training.checkpoint import BEST, FINAL
+from nnunetv2_cva.training.device import local_device
 from nnunetv2_cva.training.local_processes import run_on_every_device
 from nnunetv2_cva.transfer.target import find_target
+from nnunetv2_cva.transfer.weights import NeedsOption, opened
 
 TIMEOUT = timedelta(minutes=60)  # for the slowest rank: reading headers, compiling
 
@@ -56,6 +59,10 @@ def train(asked: Training) -> int:
     world = int(environment.get("WORLD_SIZE", "1"))
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(NO_GPU)
+    if asked.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("torch finds no GPU of a Mac here. Use another device.")
+    if asked.num_gpus < 1:
+        raise ValueError(f"`num_gpus={asked.num_gpus}`: expected 1 or more.")
     if asked.device == "cuda" and world == 1 and asked.num_gpus > torch.cuda.device_count():
         raise ValueError(f"`num_gpus={asked.num_gpus}`: torch finds {torch.cuda.device_count()} CUDA GPUs on this machine.")
     if asked.num_gpus > 1 and world == 1:
@@ -68,8 +75,7 @@ def train(asked: Training) -> int:
     torch.set_num_threads(1 if asked.device == "cuda" or world > 1 else os.cpu_count() or 1)
     with ExitStack() as ending:
         if world > 1:
-            if asked.device == "cuda":
-                torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+            local_device(torch.device(asked.device))  # before the processes meet
             dist.init_process_group({"cuda": "nccl"}.get(asked.device, "gloo"), timeout=TIMEOUT)
             ending.callback(dist.destroy_process_group)
         _run(asked)
@@ -85,7 +91,13 @@ def _run(asked: Training) -> None:
     fold = asked.fold if asked.fold == "all" else int(asked.fold)
     trainer = target.trainer(plans, asked.configuration, fold, target.dataset_json, torch.device(asked.device))
     trainer.disable_checkpointing = asked.disable_checkpointing
-    maybe_load_checkpoint(trainer, asked.continue_training, asked.val, asked.pretrained_weights)
+    if asked.val and not os.path.isfile(final := os.path.join(trainer.output_folder, FINAL)):
+        raise ValueError(f"{final} does not exist: the training has not ended. Continue it with --c.")
+    if asked.pretrained_weights is None or asked.val:
+        maybe_load_checkpoint(trainer, asked.continue_training, asked.val)
+    else:
+        trainer.initialize()
+        load_pretrained(trainer.network, asked.pretrained_weights)
     cudnn.deterministic, cudnn.benchmark = False, torch.cuda.is_available()
     if not asked.val:
         trainer.run_training()
@@ -94,9 +106,35 @@ def _run(asked: Training) -> None:
     trainer.perform_actual_validation(asked.npz)
 
 
+def load_pretrained(network: nn.Module, file: str) -> None:
+    """What nnU-Net's function of this name does, but that of several processes it takes the number of this one for that of a GPU:
+    all tensors of the network but those of segmentation layers, in the same shapes. Nothing in the file is executed.
+
+    Raises:
+        ValueError: no checkpoint, or of another network; names the first tensor that does not fit.
+    """
+    inner = getattr(network, "module", network)  # of several processes
+    inner = getattr(inner, "_orig_mod", inner)  # compiled
+    try:
+        weights = opened(file).get("network_weights")
+    except NeedsOption as e:
+        raise ValueError(f"{e.reason} If you trust it, `nnUNetv2_cva export --trust` makes a file of weights alone.") from None
+    if not isinstance(weights, dict):
+        raise ValueError(f"{file} holds no weights of a network (no entry 'network_weights').")
+    state = inner.state_dict()
+    wanted = [name for name in state if ".seg_layers." not in name]
+    for name in wanted:
+        found = getattr(weights.get(name), "shape", "nothing")
+        if found != state[name].shape:
+            shapes = f"{name}: expected {tuple(state[name].shape)}, found {found if found == 'nothing' else tuple(found)}"
+            raise ValueError(f"{file} does not fit the network ({shapes}). `nnUNetv2_cva export` makes a file that does.")
+    inner.load_state_dict({**state, **{name: weights[name] for name in wanted}})
+
+
 def from_slurm(environment: MutableMapping[str, str]) -> None:
-    """What torchrun would have set, for a task of a job step with several tasks (``srun``). Leaves alone what is there."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    """What torchrun would have set, for a task of a job step with several tasks (``srun``). Leaves alone what is there, and a
+    batch script, which has SLURM_PROCID and the tasks of the whole job, too, but is alone."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or "SLURM_PROCID" not in environment or not tasks.isdecimal() or int(tasks) < 2:
         return
     if "MASTER_ADDR" not in environment:

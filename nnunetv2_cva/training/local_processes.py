@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from time import monotonic, sleep
 from types import FrameType
 
-from nnunetv2_cva.training.stopping import SIGNALS
+from nnunetv2_cva.signals import SIGNALS
 
 GRACE = 20.0  # seconds that the others get to say why they end when one has ended
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva import nnunet
-from nnunetv2_cva.files import read_json, read_object, write_json, write_text
+from nnunetv2_cva.files import read_object, write_json, write_text
 from nnunetv2_cva.seeing.images import Image
 from nnunetv2_cva.seeing.page import cell, page, table
 from nnunetv2_cva.seeing.verdict import verdict
 from nnunetv2_cva.training.checkpoint import BEST, FINAL, LATEST
 from nnunetv2_cva.training.messages import of_plan
 from nnunetv2_cva.training.metrics import METRICS
+from nnunetv2_cva.transfer.card import entry
 from nnunetv2_cva.transfer.read import read
 
 REPORT, METRICS_FILE, WATCHED = "report.html", "metrics.jsonl", "watched.json"
@@ -78,20 +79,39 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The metrics of all epochs.
 
     Raises:
-        ValueError: the folder holds no training of ours.
+        ValueError: the folder holds no training of ours, or one whose metrics somebody else has written.
     """
     file = folder / METRICS_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is no folder of a pretraining: expected {METRICS_FILE}, as in .../fold_all.")
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError:
-        raise ValueError(f"{file}: expected one JSON object a line, found something else. Restore it.") from None
+        epochs = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        if all(isinstance(e, dict) and all(isinstance(v, (int, float)) for v in e.values()) for e in epochs):
+            return epochs
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"{file}: expected one JSON object of numbers a line, found something else. Restore it.")
 
 
 def note_watched(folder: Path, data: str | Path, cases: list[str]) -> None:
     """Say in the folder which cases are watched, and where their voxels are."""
     write_json(folder / WATCHED, {"data": str(data), "cases": list(cases)})
+
+
+def read_watched(folder: Path) -> tuple[str, list[str]]:
+    """What ``note_watched`` has written: where the data are, and which cases are watched. None where it is not there.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    file = folder / WATCHED
+    if not file.is_file():
+        return "", []
+    noted = read_object(file)
+    data, cases = noted.get("data"), noted.get("cases")
+    if not (isinstance(data, str) and isinstance(cases, list) and all(isinstance(c, str) for c in cases)):
+        raise ValueError(f"{file}: expected a folder and a list of cases, found something else. Restore or delete it.")
+    return data, cases
 
 
 def _verdict(epochs: list[dict[str, Any]]) -> str:
@@ -122,21 +142,31 @@ def _picture(file: Path, title: str, caption: str, missing: str = "") -> str:
 
 
 def _data(folder: Path, plans: dict[str, Any], configuration: str) -> str:
-    chosen = nnunet.configuration(plans, configuration)
+    chosen = _configuration(plans, configuration)
     description = folder.parent / "dataset.json"
     dataset = read_object(description) if description.is_file() else {}
-    watched = read_json(folder / WATCHED)["cases"] if (folder / WATCHED).is_file() else []
+    watched = read_watched(folder)[1]
     rows = [
         ["dataset", plans.get("dataset_name")],
         ["cases", dataset.get("numTraining", "not stated")],
-        ["channels", ", ".join(map(str, (dataset.get("channel_names") or {}).values()))],
+        ["channels", ", ".join(map(str, entry(dataset, "channel_names").values()))],
         ["plans, configuration", f"{plans.get('plans_name')}, {configuration}"],
-        ["spacing, mm", ", ".join(cell(s) for s in chosen.get("spacing", []))],
-        ["view, voxels", " x ".join(map(str, chosen.get("patch_size", [])))],
+        ["spacing, mm", ", ".join(cell(s) for s in chosen["spacing"])],
+        ["view, voxels", " x ".join(map(str, chosen["patch_size"]))],
         ["cases per step", chosen.get("batch_size")],
         ["watched cases", ", ".join(watched)],
     ]
     return "<h2>Data</h2>" + table(("", ""), rows)
+
+
+def _configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """Raises ValueError where it does not say what is looked at."""
+    chosen = nnunet.configuration(plans, name)
+    for key in ("spacing", "patch_size"):
+        value = chosen.get(key)
+        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in value)):
+            raise ValueError(f"plans.json, {name}: expected three positive numbers as {key}, found {value!r:.60}.")
+    return chosen
 
 
 def _times(epochs: list[dict[str, Any]]) -> str:
@@ -203,7 +233,7 @@ def _draw_matches(folder: Path, plans: dict[str, Any], configuration: str, tick:
     drawn = folder / MATCHES
     if drawn.is_file() and drawn.stat().st_mtime >= weights.stat().st_mtime:
         return ""
-    chosen = nnunet.configuration(plans, configuration)
+    chosen = _configuration(plans, configuration)
     images = _watched_images(folder, chosen)
     if len(images) < 2:
         return "Fewer than two watched cases can be read: there is nothing to match."
@@ -218,13 +248,11 @@ def _watched_images(folder: Path, configuration: dict[str, Any]) -> list[Image]:
 
     from nnunetv2_cva.views.cases import Cases
 
-    if not (folder / WATCHED).is_file():
-        return []
-    noted = read_object(folder / WATCHED)
+    data, watched = read_watched(folder)
     i, j, k = (float(s) for s in configuration["spacing"])
     images: list[Image] = []
-    cases = Cases(noted["data"], noted["cases"])
-    for key in noted["cases"]:
+    cases = Cases(data, watched)
+    for key in watched:
         try:
             case = cases.open(key)
             shown = [min(n, int(LARGEST * v)) for n, v in zip(case.shape, configuration["patch_size"])]

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 75  # sysexits.h: try again later
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+from nnunetv2_cva.signals import EXIT_CODE, SIGNALS
 
 
 class Stopped(SystemExit):

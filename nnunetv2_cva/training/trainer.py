@@ -33,13 +33,14 @@ from nnunetv2_cva.training import checkpoint as checkpoints
 from nnunetv2_cva.training import messages
 from nnunetv2_cva.training.attention import choose, preferring
 from nnunetv2_cva.training.copies import DeviceBatches, Lane
-from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_cases_of_run, check_folds, keep_back, open_cases
+from nnunetv2_cva.training.data import IndexedDataset, TrainingData, check_folds, keep_back, open_cases
 from nnunetv2_cva.training.device import autocast_dtype, local_device, one_after_the_other, share_of_rank
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.lasting_run import LastingRun
 from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.progress import Progress, judge_skipped
 from nnunetv2_cva.training.report import note_watched
+from nnunetv2_cva.training.run_cases import refuse_other_cases, stamps
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
 from nnunetv2_cva.training.step import TrainingStep, all_finite
@@ -256,15 +257,11 @@ class CVATrainer(LastingRun):
             self.print_to_log_file,
         )
         self.watched_batches = self.data.watched_batches()
+        self._stamps = stamps(self.data.cases.folder, training)
         before = None if self._resumed is None else self._resumed["cva"].get("cases")
-        changed = "" if before is None else check_cases_of_run(before, self.data.stamps())
-        if changed and not self.config.other_cases:
-            raise ValueError(
-                f"The training cases are not those that the run began with: {changed}. Restore them, or continue with them as "
-                "they are now: set other_cases to true."
-            )
-        if changed:
-            self.print_to_log_file(f"WARNING: the training cases are not those that the run began with: {changed}.")
+        said = "" if before is None else refuse_other_cases(before, self._stamps, self.config.other_cases)
+        if said:
+            self.print_to_log_file(said)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the watched pairs."""
@@ -403,20 +400,18 @@ class CVATrainer(LastingRun):
         if self.local_rank == 0:
             self._report(f"best so far: {key}" if improved else "")
             self.print_to_log_file(f"  {verdict(self.history.epochs)}")
-            try:
-                self.history.write()
-                self.history.plot(self.config)
-                self._views.draw(self.student, self.autocast)
-            except OSError as e:  # a picture is not worth a run
-                self.print_to_log_file(f"WARNING: metrics.jsonl, progress.png and views.png could not be written ({e}).")
+            self._written("metrics.jsonl", self.history.write)
+            self._written("progress.png", partial(self.history.plot, self.config))
+            self._written("views.png", partial(self._views.draw, self.student, self.autocast))
 
     def _report(self, note: str) -> None:
         """The epoch's metrics to the log, and to W&B where nnU-Net's switch for it is on."""
         for line in messages.epoch(self.record, note):
             self.print_to_log_file(line)
-        for logger in (*self.logger.loggers, self._board):
-            for name in messages.metrics(self.record):
+        for name in messages.metrics(self.record):
+            for logger in self.logger.loggers:
                 logger.log(name, self.record[name], self.record["epoch"])
+            self._written("tensorboard", partial(self._board.log, name, self.record[name], self.record["epoch"]))
 
     # ---- end
 
@@ -427,7 +422,7 @@ class CVATrainer(LastingRun):
                 os.remove(join(self.output_folder, name))
         self.dataloader_train.close()
         self._bar.close()
-        self._board.close()
+        self._written("tensorboard", self._board.close)
         empty_cache(self.device)
         self.print_to_log_file("Training done.")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_cva.model.families import layout_of
-from nnunetv2_cva.model.family import Layout, Names, Role
+from nnunetv2_cva.model.naming import Layout, Names, Role
 from nnunetv2_cva.sizes import by
-from nnunetv2_cva.transfer.names import same
 from nnunetv2_cva.transfer.read import Source
+from nnunetv2_cva.transfer.renaming import same
 from nnunetv2_cva.transfer.resize import resized, token_grid
 from nnunetv2_cva.transfer.weights import NeedsOption
 

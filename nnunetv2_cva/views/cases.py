@@ -18,6 +18,7 @@ from nnunetv2_cva.views.geometry import Triple
 
 HEADERS = 2000  # of more cases than this, as many headers are checked, evenly spread
 LISTED = 10
+CONSTANT = "Remove it from the dataset."
 REMEDY = "Preprocess the case again (nnUNetv2_preprocess), or remove it from the dataset."
 MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
@@ -79,6 +80,20 @@ class Case:
             except Exception as e:
                 raise ValueError(f"{self.path}: {_unreadable(self.path, e)} {REMEDY}") from e
             yield chunk
+
+
+def check_varies(case: Case) -> None:
+    """That a case is not the same everywhere; reads no further than to the first voxel that differs.
+
+    Raises:
+        ValueError: it is; names the file.
+    """
+    first = None
+    for chunk in case.chunks():
+        first = chunk.flat[0] if first is None else first
+        if (chunk != first).any():
+            return
+    raise ValueError(f"{case.path}: every voxel is {first:g}. {CONSTANT}")
 
 
 class Cases:
@@ -169,7 +184,7 @@ def _voxel_fault(case: Case, until: float) -> str | None:
                 return None
     except ValueError as e:
         return str(e)
-    return f"{case.path}: every voxel is {low:g}. Remove it from the dataset." if low == high else None
+    return f"{case.path}: every voxel is {low:g}. {CONSTANT}" if low == high else None
 
 
 def _raise(bad: list[str], checked: int) -> None:

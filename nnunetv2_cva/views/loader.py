@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.seeding import stream
-from nnunetv2_cva.views.cases import Case, Cases, Checked, check_cases
+from nnunetv2_cva.views.cases import Case, Cases, Checked, check_cases, check_varies
 from nnunetv2_cva.views.geometry import Pair, draw_pair
 from nnunetv2_cva.views.resample import air_fraction, show, window
 from nnunetv2_cva.views.resources import fit_into_memory, memory_report, worker_count
@@ -99,7 +99,7 @@ class PairDataset(Dataset):
         return torch.empty(count, self.channels, *self.size), torch.empty(count, 1, *self.size, dtype=torch.bool)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Raises ValueError, naming the file, when a case cannot be read or holds NaN or Inf."""
+        """Raises ValueError, naming the file, when a case cannot be read, holds NaN or Inf, or is constant."""
         chosen = stream("cases", self.seed, step).choice(len(self.keys), self.batch_total, replace=False, p=self.weights)
         begin, end = self.rank_slice
         count = end - begin
@@ -129,6 +129,8 @@ class PairDataset(Dataset):
                 least, pair, boxes, read = air, drawn, windows, voxels
             if air <= self.config.max_air:
                 break
+        if least == 1:  # nothing but air in every draw
+            check_varies(case)
         del voxels
         for v, box in enumerate(boxes):
             show(read.pop(0) if read else case.read(box), box, pair, v, views[v], inside[v])
