@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from time import perf_counter, process_time
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from probes import weights
 
 HEAD, CONFIGURATION, SPACING, VIEW = "Dataset100_HeadMR", "3d_fullres_cva", [3.0, 3.0, 3.0], [32, 32, 32]
 CASES, EPOCHS, ITERATIONS = 4, 20, 25
-COLUMN = 1500  # pixels of the page's picture in each of its columns
+COLUMN = 1750  # pixels of the page's picture in each of its columns
 SEEN = ("papaya_sample", "niivue_T1_head_ext2", "clinical_T2", "niivue_FLAIR")
 HIPPOCAMPI = ("hippocampus_001", "hippocampus_003", "hippocampus_004")
 UNSEEN = ("hippocampus_127", "hippocampus_265", "hippocampus_165")  # of the cases that probes.py holds out
@@ -61,7 +62,7 @@ def head(folder: Path) -> Path:
     return file
 
 
-def look(output: Path, **asked: object) -> Path:
+def look(output: Path, **asked: Any) -> Path:
     """Print what `look` says, and how long it took. Returns its picture."""
     from nnunetv2_cva.seeing.look_at import look_at
     from nnunetv2_cva.seeing.requests import LookRequest
@@ -72,9 +73,9 @@ def look(output: Path, **asked: object) -> Path:
     return output / "look.png"
 
 
-def keep(found: Image.Image, picture: Path) -> None:
-    """As a document shows it: at most 1200 pixels wide, 256 colours."""
-    found.thumbnail((1200, 4000))
+def keep(found: Image.Image, picture: Path, width: int = 1200) -> None:
+    """As a document shows it: at most so many pixels wide, 256 colours."""
+    found.thumbnail((width, 4000))
     found.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
@@ -93,7 +94,7 @@ def page(folder: Path, picture: Path) -> None:
     columns = Image.new("RGB", (3 * shown.width, COLUMN), "white")
     for n in range(3):
         columns.paste(shown.crop((0, n * COLUMN, shown.width, (n + 1) * COLUMN)), (n * shown.width, 0))
-    keep(columns, picture)
+    keep(columns, picture, 1500)
 
 
 def main() -> None:

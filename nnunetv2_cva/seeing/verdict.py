@@ -28,7 +28,7 @@ VANISHED, ALIKE = 0.05, 0.9
 # short epochs of Gram, to 21), and corresponding bins' cosine at most so much above that of unrelated ones (recorded: 0.01).
 GUESSES, CLOSER = 2.0, 0.05
 # Student minus teacher, in lengths of the teacher's weights: the teacher is no mean of this student any more. Recorded: up to
-# 0.18 with AdamW, 0.49 with SGD as in the paper; 2.2 to 14 with a learning rate of 0.3, 0.9 to 1 where the weights decay to 0.
+# 0.18 with AdamW, 0.50 with SGD as in the paper; 2.2 to 14 with a learning rate of 0.3, 0.9 to 1 where the weights decay to 0.
 PARTED = 1.0
 NOTHING = 1e-3  # loss of predicting every view's mean: constant images 1e-4 to 4e-4, real ones 0.3 to 0.44, scaled to 0..1 0.01
 LEAST_RANK, LEAST_SPREAD = 2.0, 0.02  # all features on a line, or of one direction: collapsed, however it began
