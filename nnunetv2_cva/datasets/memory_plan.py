@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +21,8 @@ StepMemory = Callable[[dict[str, Any], str, str, CVAConfig], float]
 
 CARDS = (12, 24, 40, 80)  # GB
 OF_PLANNERS = {"nnUNetPlannerResEncM": 8, "nnUNetPlannerResEncL": 24, "nnUNetPlannerResEncXL": 40, "ExperimentPlanner": 8}
-# What a card needs beside the tensors: a share, and GB. On an H200 torch reserved 1.01 (ResEnc-L 128^3) and 1.19 times (Primus-M 160^3)
-# what is counted (benchmarks/speed.md).
+# What a card needs beside the tensors: a share, and GB. On an H200 torch reserved 1.01 (ResEnc-L 128^3) and 1.19 times (Primus-M
+# 160^3) what is counted (benchmarks/speed.md).
 WORKSPACES, CONTEXT = 1.2, 1.0
 MODES: tuple[Checkpointing, ...] = (False, "selective", True)
 SAID = {False: "nothing recomputed", "selective": "part recomputed", True: "all recomputed"}
@@ -30,12 +30,12 @@ SAID = {False: "nothing recomputed", "selective": "part recomputed", True: "all 
 
 @dataclass(frozen=True)
 class CardChoice:
-    """``gb``: on the card, tensors and what it needs beside them."""
+    """``gb``: on the card, tensors and what it needs beside them; choices of one step are equal, however they were found."""
 
     view: tuple[int, ...]
     cases: int
     checkpointing: Checkpointing
-    gb: float
+    gb: float = field(compare=False)
 
     def __str__(self) -> str:
         return f"view {by(self.view)}, {self.cases} cases per step, {SAID[self.checkpointing]}, about {self.gb:.2g} GB"
