@@ -70,4 +70,4 @@ def test_images_by_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "balanced accuracy" in out and "AUROC" in out and "average precision" in out and "untrained" in out
     (tmp_path / "labels.csv").write_text("file\nx\n")
-    assert call(*arguments) == 2 and "expected columns path,label[,subject], found ['file']" in capsys.readouterr().err
+    assert call(*arguments) == 2 and "expected the columns path, label, found file" in capsys.readouterr().err

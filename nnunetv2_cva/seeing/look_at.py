@@ -79,7 +79,7 @@ def _networks(request: LookRequest) -> dict[str, Frozen]:
 def _points(path: str, image: Image) -> np.ndarray:
     """(P, 3) in voxels of the preprocessed image."""
     try:
-        rows = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = [line.replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
         rows = rows[1:] if rows and not rows[0][0].lstrip("-")[:1].isdigit() else rows  # a header
         values = np.array([[float(v) for v in row] for row in rows]).reshape(-1, 3)
     except (OSError, ValueError) as e:

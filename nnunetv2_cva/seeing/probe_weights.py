@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.files import written_whole
 from nnunetv2_cva.seeing.dense import dense_maps
 from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
@@ -122,11 +123,7 @@ def _read(path: Path) -> tuple[list[str], list[str], list[str]]:
     """Paths (relative to the table's folder), labels, subjects; an image without a subject is one of its own."""
     if not path.is_file():
         raise ValueError(f"`csv={path}`: no such file.")
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        table = csv.DictReader(f)
-        if not {"path", "label"} <= set(table.fieldnames or ()):
-            raise ValueError(f"`csv={path}`: expected columns path,label[,subject], found {table.fieldnames}.")
-        rows = list(table)
+    rows = [row for _, row in read_table(path, ("path", "label"))]
     paths = [str((path.parent / r["path"]).resolve()) for r in rows]
     return paths, [r["label"] for r in rows], [r.get("subject") or p for r, p in zip(rows, paths)]
 

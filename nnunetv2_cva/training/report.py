@@ -162,10 +162,9 @@ def _data(folder: Path, plans: dict[str, Any], configuration: str) -> str:
 def _configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
     """Raises ValueError where it does not say what is looked at."""
     chosen = nnunet.configuration(plans, name)
-    for key in ("spacing", "patch_size"):
-        value = chosen.get(key)
-        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in value)):
-            raise ValueError(f"plans.json, {name}: expected three positive numbers as {key}, found {value!r:.60}.")
+    lacking = [key for key in ("spacing", "patch_size") if len(chosen.get(key, ())) != 3]
+    if lacking:
+        raise ValueError(f"plans.json, {name}: expected three numbers as {lacking[0]}, found {chosen.get(lacking[0])}.")
     return chosen
 
 

@@ -21,6 +21,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
+from nnunetv2_cva import nnunet
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
@@ -74,6 +75,7 @@ class CVATrainer(LastingRun):
         self._begin(plans)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(NO_GPU)
+        self.view_size: tuple[int, int, int] = tuple(nnunet.configuration(plans, configuration).get("patch_size", ()))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
             self.device = local_device(device)
@@ -82,7 +84,6 @@ class CVATrainer(LastingRun):
         self.num_iterations_per_epoch = self.config.iterations_per_epoch
         self.num_val_iterations_per_epoch = 0  # nothing is labelled; watched pairs are scored instead
         self.enable_deep_supervision = False
-        self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
         self.config = self.config.for_view(self.view_size)
         if self.config.gradient_checkpointing and self.device.type == "mps":
@@ -135,12 +136,14 @@ class CVATrainer(LastingRun):
         open_cases(self.preprocessed_dataset_folder)
         self.dataset_class = IndexedDataset
         torch.manual_seed(self.config.seed)
-        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         try:
+            self.num_input_channels = determine_num_input_channels(
+                self.plans_manager, self.configuration_manager, self.dataset_json
+            )
             self.network = self.backbone_trainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, self.num_input_channels, self.num_input_channels, False
             )
-        except AssertionError as e:
+        except Exception as e:  # whatever nnU-Net's code makes of plans and dataset.json
             raise not_built(self.backbone_trainer.__name__, self.view_size, e) from e
         backbone = self.backbone(self.network, self.config)
         backbone.check_view(self.view_size)
@@ -327,9 +330,9 @@ class CVATrainer(LastingRun):
         return output
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """nnU-Net's, beside the progress bar of the run where there is one."""
+        """nnU-Net's, beside the progress bar of the run where there is one. A file that standard output goes to may be full."""
         bar: RunBar | None = getattr(self, "_bar", None)
-        with nullcontext() if bar is None else bar.aside():
+        with suppress(OSError), nullcontext() if bar is None else bar.aside():
             super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def autocast(self) -> AbstractContextManager:
