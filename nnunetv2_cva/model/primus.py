@@ -206,7 +206,7 @@ def not_built(builder: str, view_size: tuple[int, ...], error: Exception) -> Val
     """
     start = f"{builder} cannot build its network for views of {by(view_size)} (patch_size of the plans)"
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    file, values = os.path.basename(frame.f_code.co_filename), frame.f_locals
+    file, values = os.path.basename(frame.f_code.co_filename), dict(frame.f_locals)  # a proxy in Python 3.13
     if file == "primus.py" and "patch_embed_size" in values:
         try:
             check_divisible(view_size, tuple(values["patch_embed_size"]))
