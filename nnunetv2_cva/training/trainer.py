@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
+from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -25,7 +23,6 @@ from nnunetv2_cva import nnunet
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
-from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
@@ -40,7 +37,6 @@ from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.lasting_run import LastingRun
 from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.progress import Progress, judge_skipped
-from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.run_cases import refuse_other_cases, stamps
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
@@ -273,19 +269,6 @@ class CVATrainer(LastingRun):
         training, held_back = super().do_split()
         return keep_back(training, self.config.watched_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
 
-    def _write_folder(self) -> None:
-        """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
-        maybe_mkdir_p(self.output_folder)
-        write_json(join(self.output_folder_base, "plans.json"), self.plans_manager.plans)
-        write_json(join(self.output_folder_base, "dataset.json"), self.dataset_json)
-        write_json(join(self.output_folder, "cva_config.json"), self.config.as_dict())
-        fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
-        if isfile(fingerprint):
-            with written_whole(join(self.output_folder_base, "dataset_fingerprint.json")) as partial:
-                shutil.copyfile(fingerprint, partial)
-        note_watched(Path(self.output_folder), self.preprocessed_dataset_folder, self.data.watched)
-        self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
-
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.is_ddp and self.config.gradient_checkpointing:
             # torch 2.6 cannot cut a graph that recomputes dropped paths at DDP's buckets, and would not compile at all.
@@ -419,10 +402,7 @@ class CVATrainer(LastingRun):
     # ---- end
 
     def on_train_end(self) -> None:
-        self.save_checkpoint(join(self.output_folder, checkpoints.FINAL))
-        for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if self.local_rank == 0 and not self.disable_checkpointing else ():
-            with suppress(FileNotFoundError):
-                os.remove(join(self.output_folder, name))
+        self._save_final()
         self.dataloader_train.close()
         self._bar.close()
         self._written("tensorboard", self._board.close)
