@@ -30,7 +30,7 @@ from helpers.hub import serving  # noqa: E402
 
 REPOSITORY, LICENCE, CITED = "MIC-DKFZ/nnFoundationCNN", "CC-BY-SA-4.0", "arXiv:2609.26924"
 VIEW = (64, 64, 64)  # what a CPU can bear; the preset's is 192x192x192
-TARGETS = {"Dataset004_Hippocampus": None, "Dataset021_Sarcoma": [32, 64, 64]}  # None: the patch that nnU-Net plans
+TARGETS = {"Dataset021_Sarcoma": [32, 96, 96], "Dataset004_Hippocampus": None}  # None: the patch that nnU-Net plans
 SMALLEST = 5  # cases of a target
 
 

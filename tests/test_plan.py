@@ -401,6 +401,11 @@ def test_a_preset_is_written_into_all_targets_and_kept_plans_into_later_ones(tar
     changed = {Path(path).name for path in after if after[path] != before[path]}
     assert changed == {INSPECTION, "cva_written.json"}  # what was looked at, and the target
     assert encoder_shapes(planned(preprocessed, "Dataset005_Second")) == encoder_shapes(source)
+    theirs = preprocessed / "Dataset004_First" / "nnUNetPlansCVA.json"
+    added = {"inherits_from": "3d_fullres", "patch_size": [16, 16, 16]}
+    theirs.write_text(json.dumps({**first, "configurations": {**first["configurations"], "3d_small": added}}))
+    assert call("-d", 500, "--target", 4, "--preset", "tiny") == 0, "a configuration that a user has added is no difference"
+    assert planned(preprocessed, "Dataset004_First")["configurations"] == {**first["configurations"], "3d_small": added}
     planned_before = everything(preprocessed / "Dataset004_First")
     assert call("-d", 500, "--target", 4, "--preset", "resencl_96") == 2
     assert "exists and differs" in capsys.readouterr().err and everything(preprocessed / "Dataset004_First") == planned_before
@@ -667,11 +672,11 @@ def test_what_was_not_counted_is_calculated_from_what_was():
 @pytest.mark.parametrize(
     ("gb", "view", "cases", "mode"),
     [
-        (31, (128, 96, 128), 4, False),
-        (18, (128, 96, 128), 4, "selective"),
-        (7.2, (96, 96, 96), 4, True),
-        (7, (128, 96, 128), 2, True),
-        (4.6, (96, 64, 96), 2, True),
+        (33.8, (128, 96, 128), 4, False),
+        (19.6, (128, 96, 128), 4, "selective"),
+        (7.77, (96, 96, 96), 4, True),
+        (7.55, (128, 96, 128), 2, True),
+        (4.93, (96, 64, 96), 2, True),
     ],
 )
 def test_a_card_gets_the_largest_view_with_as_little_recomputed_as_fits(gb, view, cases, mode):

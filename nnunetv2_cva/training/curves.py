@@ -22,11 +22,22 @@ ADDS_UP = 1e-3  # of the total
 def draw_curves(epochs: Sequence[dict[str, Any]], config: CVAConfig, path: Path) -> None:
     """Draw the panels of the table of metrics for ``epochs``, of which there is at least one; ``config``: of their run.
 
-    Every axis but the learning rate's begins at 0, or lower where the values do: noise does not look like a collapse.
+    Every axis but the learning rate's begins at 0, or lower where the values do: noise does not look like a collapse. The style
+    is matplotlib's own, as nnU-Net's plots leave seaborn's large fonts behind.
 
     Raises:
         OSError: the picture cannot be written.
     """
+    from matplotlib import rc_context, rcdefaults
+
+    with rc_context():
+        rcdefaults()
+        figure = _figure(epochs, config)
+        with written_whole(path) as partial:
+            figure.savefig(partial, dpi=100, format="png")
+
+
+def _figure(epochs: Sequence[dict[str, Any]], config: CVAConfig) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,8 +50,7 @@ def draw_curves(epochs: Sequence[dict[str, Any]], config: CVAConfig, path: Path)
     found = verdict(epochs)
     words = f"{found.state} after {epochs[-1]['epoch'] + 1} epochs: {found.reason}"
     figure.suptitle("\n".join(textwrap.wrap(words, 110)), color=COLOURS[found.state])
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
+    return figure
 
 
 def draw_panel(axes: Any, title: str, names: Sequence[str], epochs: Sequence[dict[str, Any]], config: CVAConfig) -> None:

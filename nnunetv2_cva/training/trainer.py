@@ -22,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor, nn
 
 from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.destination import check_made_for
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.files import write_json, written_whole
@@ -133,6 +134,7 @@ class CVATrainer(LastingRun):
         """Build the network with nnU-Net's code, and around it what pretraining needs."""
         assert not self.was_initialized, "initialize() is called once"
         open_cases(self.preprocessed_dataset_folder)
+        check_made_for(Path(self.preprocessed_dataset_folder), self.plans_manager.plans, self.configuration_name)
         self.dataset_class = IndexedDataset
         torch.manual_seed(self.config.seed)
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
