@@ -5,7 +5,8 @@
 FOLDER as for ``two_targets.py``. A server on this machine stands for the Hugging Face hub; the file it has is laid out as
 nnFoundation's CNN: ResEnc-L at its full size with random weights, images that were not resampled. It starts a pretraining of the
 preset nnfoundation_resencl on the heads. That is published as a folder, from which two targets are filled, trained and validated
-by stock nnU-Net and used to predict, in processes in which nothing of this package can be imported.
+by stock nnU-Net and used to predict, in processes in which nothing of this package can be imported. Of the targets the smallest
+cases are taken, so that a CPU comes to the end of their validation. A pretraining that is finished in WORK is not done again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,7 +30,8 @@ from helpers.hub import serving  # noqa: E402
 
 REPOSITORY, LICENCE, CITED = "MIC-DKFZ/nnFoundationCNN", "CC-BY-SA-4.0", "arXiv:2609.26924"
 VIEW = (64, 64, 64)  # what a CPU can bear; the preset's is 192x192x192
-TARGETS = {"Dataset004_Hippocampus": None, "Dataset021_Sarcoma": [32, 128, 128]}  # None: the patch that nnU-Net plans
+TARGETS = {"Dataset021_Sarcoma": [32, 96, 96], "Dataset004_Hippocampus": None}  # None: the patch that nnU-Net plans
+SMALLEST = 5  # cases of a target
 
 
 def foundation_file(folder: Path) -> None:
@@ -59,7 +62,23 @@ def kept(text: str, step: str) -> None:
     print(f"         {step}: {LICENCE} and the citation are there", flush=True)
 
 
+def smallest_cases(raw: Path, folder: Path, name: str) -> Path:
+    """A folder with the smallest cases of a raw dataset, to take its cases from."""
+    content = json.loads((raw / name / "dataset.json").read_text())
+    ending, images = content["file_ending"], (raw / name / "imagesTr").iterdir()
+    for image in sorted(images, key=lambda file: file.stat().st_size)[:SMALLEST]:
+        labels = image.name.replace(f"_0000{ending}", ending)
+        for sub, file in (("imagesTr", image.name), ("labelsTr", labels)):
+            (folder / name / sub).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(raw / name / sub / file, folder / name / sub / file)
+    shutil.copyfile(raw / name / "dataset.json", folder / name / "dataset.json")
+    return folder
+
+
 def pretrain(raw: Path, folder: Path, iterations: int) -> Path:
+    finished = list((folder / "results" / SOURCE).rglob("checkpoint_final.pth"))
+    if finished:
+        return finished[0]
     some_images(raw, folder)
     plan = ["--images", folder / "heads", "--preset", "nnfoundation_resencl", "--view", *VIEW, "-np", 1]
     print(run(["nnUNetv2_cva", "plan", "-d", SOURCE, *plan], folder))
@@ -95,7 +114,8 @@ def main() -> None:
     kept((published / "README.md").read_text(), "the model card")
     lines = []
     for name, patch in TARGETS.items():
-        lines.append(two_targets.finetune_and_predict(raw, folder, name, published, args.iterations, patch, False))
+        chosen = smallest_cases(raw, folder / "smallest", name)
+        lines.append(two_targets.finetune_and_predict(chosen, folder, name, published, args.iterations, patch, False))
         kept(json.dumps(read(folder / f"weights_{name}.pth").card), f"the weights for {name}")
     print("| target | spacing | strides | encoder carried | adapted | validated | predicted |\n|---|---|---|---|---|---|---|")
     print("\n".join(lines))

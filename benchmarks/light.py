@@ -94,7 +94,7 @@ def autocast() -> AbstractContextManager:
 
 def as_fast(module: nn.Module) -> nn.Module:
     """Convolutions of few channels are faster in this memory format."""
-    return module.to(DEVICE, memory_format=torch.channels_last_3d)
+    return module.to(DEVICE).to(memory_format=torch.channels_last_3d)
 
 
 @dataclass

@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from nnunetv2_cva.config import CVAConfig
     from nnunetv2_cva.losses import consistency_cosine, nt_xent
     from nnunetv2_cva.model.roi_align import roi_align_3d
+    from nnunetv2_cva.seeing.embedding import embed_image
     from nnunetv2_cva.transfer.network import load_network
     from nnunetv2_cva.views.geometry import draw_pair
     from nnunetv2_cva.views.resample import read_pair
 
 __version__ = "0.2.0"
-__all__ = ["CVAConfig", "consistency_cosine", "draw_pair", "load_network", "nt_xent", "read_pair", "roi_align_3d"]
+__all__ = ["CVAConfig", "consistency_cosine", "draw_pair", "embed_image", "load_network", "nt_xent", "read_pair", "roi_align_3d"]
 _HOMES = {
     "CVAConfig": "config",
     "consistency_cosine": "losses",
     "draw_pair": "views.geometry",
+    "embed_image": "seeing.embedding",
     "load_network": "transfer.network",
     "nt_xent": "losses",
     "read_pair": "views.resample",

@@ -15,6 +15,7 @@ from typing import Any
 
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
 PRETRAINING = "_cva"  # how the name of a configuration for pretraining ends; it inherits from the one that is fine-tuned
+TOKEN = (8, 8, 8)  # voxels of a token of the Primus that its trainers build
 # With another value of these, weights or images of one configuration do not belong to the other.
 NETWORK_AND_IMAGES = ("architecture", "spacing", "normalization_schemes", "use_mask_for_norm")
 _DATASET = re.compile(r"Dataset(\d{3,})_([^\s/\\]+)", re.ASCII)

@@ -21,8 +21,7 @@ from nnunetv2_cva.datasets.pictures import Sheet, ShownPair
 from nnunetv2_cva.datasets.planning import planned
 from nnunetv2_cva.datasets.reading import read_images
 from nnunetv2_cva.datasets.user_changes import Recipe, recipe_of
-from nnunetv2_cva.datasets.view_size import TOKEN
-from nnunetv2_cva.nnunet import PRETRAINING
+from nnunetv2_cva.nnunet import PRETRAINING, TOKEN
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.training.data import open_cases
 from nnunetv2_cva.training.objective import prepare

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
+from helpers.images import voxels, write
 from helpers.targets import call, planned, pretraining, randomised, stock_checkpoint, target
 
 import nnunetv2_cva
@@ -22,6 +23,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 def test_the_snippets_run_and_have_the_shapes_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network, teacher = pretraining(tmp_path / "checkpoint_final.pth", target())
+    write(tmp_path / "scan.nii.gz", voxels(0, (29, 27, 31), air=1))
     snippets = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     known: dict = {}
     checked = 0

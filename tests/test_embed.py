@@ -1,6 +1,7 @@
 """Features as files: vectors, windows and maps of images, resumable, and maps in the space of their image."""
 
 import csv
+import re
 
 import blosc2
 import nibabel as nib
@@ -12,6 +13,7 @@ from helpers.images import voxels, write
 from helpers.targets import call, pretraining, randomised, stock_checkpoint, target
 from test_nnssl_format import open_mind
 
+from nnunetv2_cva import embed_image, load_network
 from nnunetv2_cva.seeing import embedding
 from nnunetv2_cva.seeing.dense import DenseMap, on_grid
 from nnunetv2_cva.seeing.frozen import load_frozen, untrained
@@ -76,6 +78,58 @@ def test_a_folder_of_other_features_is_refused(weights, images, tmp_path, capsys
     assert run(weights, images, tmp_path / "out") == 0
     assert run(weights, images, tmp_path / "out", "--taps", -1) == 2
     assert "computed otherwise (taps: None, now [-1])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scan_0", "scan_1", "scan_2"])
+def test_python_gives_what_the_command_writes(weights, images, tmp_path, name):
+    """Of images larger and smaller than the view, and not divisible: maps, their place, the vector, and the map on the voxels."""
+    file = images / f"{name}_0000.nii.gz"
+    loaded = load_network(weights)
+    found = embed_image(loaded, file, taps=[0, -1])
+    assert run(weights, file, tmp_path / "npz", "--level", "dense", "--taps", 0, -1) == 0
+    assert run(weights, file, tmp_path / "image", "--taps", 0, -1) == 0
+    assert run(weights, file, tmp_path / "nifti", "--level", "dense", "--taps", -1, "--format", "nifti") == 0
+    with np.load(tmp_path / "npz" / f"{name}.npz") as content:
+        for m, tap in zip(found.maps, (0, 2), strict=True):
+            np.testing.assert_array_equal(m.values, content[f"tap{tap}"])
+            assert list(m.stride) == content[f"tap{tap}_stride"].tolist()
+            np.testing.assert_array_equal(m.offset, content[f"tap{tap}_offset"])
+    with np.load(tmp_path / "image" / f"{name}.npz") as content:
+        np.testing.assert_array_equal(found.vector, content["vector"])
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "nifti" / f"{name}_tap2.nii.gz")))
+    np.testing.assert_array_equal(found.on_image(1), written)
+    assert all(p.requires_grad for p in loaded.network.parameters()), "the network is as it was"
+
+
+def test_the_place_of_a_cell_is_that_of_its_voxel():
+    """Cropped, its axes exchanged, of half the spacing: at a centre the map on the image's voxels has the cell's value."""
+    properties = {"bbox_used_for_cropping": [[3, 15], [5, 29], [2, 22]], "shape_before_cropping": (20, 32, 25)}
+    image = Image("a", torch.zeros(1, 24, 48, 40), (1.0, 1.0, 1.0), properties, (2, 0, 1))
+    axes = torch.meshgrid(torch.arange(6.0), torch.arange(12.0), torch.arange(10.0), indexing="ij")
+    found = embedding.Embedded((DenseMap(torch.stack(axes), (4, 4, 4), (1.0, 1.0, -1.0), image.size),), image)
+    centres = found.centres(0)
+    assert centres.shape == (6, 12, 10, 3)
+    at = centres[3, 7, 5]  # 12 + 2 + 1, 28 + 2 + 1, 20 + 2 - 1 of the preprocessed image; half of it, and the crop, in the file
+    np.testing.assert_allclose(at, [31 / 2 + 5, 21 / 2 + 2, 15 / 2 + 3])
+    values = found.on_image(0)
+    assert values.shape == (32, 25, 20, 3)
+    corners = [values[tuple(np.floor(at - 0.5).astype(int) + (i, j, k))] for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    np.testing.assert_allclose(np.mean(corners, 0), [3, 7, 5], atol=0.26)  # voxels of half a cell around it
+
+
+def test_python_takes_any_channel_of_an_image(tmp_path):
+    pretraining(tmp_path / "w.pth", target(channels=2))
+    for c in range(2):
+        write(tmp_path / f"a_{c:04d}.nii.gz", voxels(c, (21, 33, 29)))
+    loaded = load_network(tmp_path / "w.pth")
+    first, second = (embed_image(loaded, tmp_path / f"a_{c:04d}.nii.gz", taps=[-1]).vector for c in range(2))
+    np.testing.assert_array_equal(first, second)
+    (tmp_path / "a_0001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="Image a: expected 2 files a_0000"):
+        embed_image(loaded, tmp_path / "a_0000.nii.gz")
+    with pytest.raises(ValueError, match=r"Taps: expected numbers from 0 to 2 .*, found \[7\]"):
+        write(tmp_path / "a_0001.nii.gz", voxels(1, (21, 33, 29)))
+        embed_image(loaded, tmp_path / "a_0000.nii.gz", taps=[7])
 
 
 def test_windows_and_chosen_taps(weights, images, tmp_path):
@@ -173,6 +227,45 @@ def test_any_weights_that_info_reads_are_a_source(make, channels, grid, images, 
         assert content["tap0_stride"].tolist() == [grid] * 3
         cells = [len([c for c in range(99) if 0 <= s * (c + 0.5) + o < n]) for s, o, n in zip(*place(content))]
         assert list(content["tap0"].shape[1:]) == cells, "the cells whose centre lies in the image"
+
+
+def not_resampled(path):
+    """As nnFoundation's files say it: the spacing of the plans is null."""
+    nnssl_unet(path)
+    content = torch.load(path, weights_only=True)
+    plan = content["nnssl_adaptation_plan"]["pretrain_plan"]
+    plan["configurations"] = {"noresample": {**plan["configurations"]["onemmiso"], "spacing": None}}
+    torch.save(content, path)
+    return path
+
+
+def test_images_of_a_network_that_was_not_resampled_stay_as_they_are(tmp_path, capsys):
+    """Law: the voxels alone decide, whatever spacing a file has; millimetres are those of the file."""
+    weights, shape = not_resampled(tmp_path / "f.pth"), (15, 22, 30)
+    spacings = {"fine": (0.5, 0.5, 0.5), "thick": (4.0, 0.7, 0.9)}
+    for name, spacing in spacings.items():
+        write(tmp_path / "images" / f"{name}.nii.gz", voxels(0, shape, air=0), spacing)
+        (found,) = find_images([str(tmp_path / "images" / f"{name}.nii.gz")], 1)
+        image = preprocess(found, load_frozen(weights))
+        assert image.size == shape and image.spacing == pytest.approx(spacing)
+        expected = voxels(0, shape, air=0)
+        np.testing.assert_allclose(image.voxels[0], (expected - expected.mean()) / expected.std(), atol=1e-4)
+    assert run(weights, tmp_path / "images", tmp_path / "out") == 0
+    with np.load(tmp_path / "out" / embedding.VECTORS) as content:
+        np.testing.assert_array_equal(*content["vectors"])
+    files = [str(tmp_path / "images" / f"{name}.nii.gz") for name in spacings]
+    assert call("look", weights, "-i", *files, "-o", tmp_path / "look", "-device", "cpu") == 0
+    page = (tmp_path / "look" / "look.html").read_text()
+    assert [float(s) for s in re.findall(r'"spacing": ?\[([\d.]+)', page)] == [0.5, 4.0]
+    for n, name in enumerate(spacings):  # images enough for two folds
+        write(tmp_path / "images" / f"{name}_again.nii.gz", voxels(n, shape, air=0), spacings[name])
+    rows = [f"images/{name}{again}.nii.gz,{name}" for name in spacings for again in ("", "_again")]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    arguments = ("probe", weights, "--csv", tmp_path / "labels.csv", "--folds", 2, "-o", tmp_path / "probe", "-device", "cpu")
+    assert call(*arguments) == 0 and (tmp_path / "probe" / "probe.csv").is_file()
+    other = nnssl_unet(tmp_path / "resampled.pth")
+    assert call("look", weights, "--against", other, "-i", *files, "-o", tmp_path / "both", "-device", "cpu") == 2
+    assert "expected spacing of the image and 1 channel(s)" in capsys.readouterr().err
 
 
 def place(content):

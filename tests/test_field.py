@@ -10,6 +10,7 @@ import locale
 import os
 import re
 import shlex
+import shutil
 
 import nibabel
 import numpy as np
@@ -433,6 +434,12 @@ def test_the_same_lines_are_printed_later(planned, monkeypatch):
     where = (folder, "nnUNetPlansCVA", "3d_fullres_cva")
     steps = [*pretraining_steps(*where), *fine_tuning_steps(*where)]
     assert "".join(f"{s.title}\n" + "".join(f"  {c}\n" for c in s.commands) for s in steps) == out[out.index("Next:") :]
+    tests = raw / "Dataset004_First" / "imagesTs"
+    tests.mkdir()  # as converters leave it
+    for name, there in ((".DS_Store", "imagesTr"), ("a_0000.nii.gz", "imagesTs")):
+        (tests / name).touch()
+        assert [f"Dataset004_First/{there}" in s.commands[-1] for s in fine_tuning_steps(*where)] == [True]
+    shutil.rmtree(tests)
     (later,) = fine_tuning_steps(*where, checkpoint="/my results/x.pth")
     assert "'/my results/x.pth'" in later.commands[1]
     (preprocessed / "Dataset004_First" / "nnUNetPlans.json").rename(preprocessed / "moved.json")

@@ -17,7 +17,7 @@ from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.losses import consistency_cosine, reconstruction_loss
 from nnunetv2_cva.model.backbone import Backbone
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
-from nnunetv2_cva.model.family import Family, Names
+from nnunetv2_cva.model.naming import Family, Names
 from nnunetv2_cva.training.checkpoint import Run, carry_heads
 from nnunetv2_cva.transfer import network as network_module
 from nnunetv2_cva.transfer import target as target_module

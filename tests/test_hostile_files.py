@@ -126,6 +126,31 @@ def test_containers_without_end(tmp_path, weights, value, place, capsys):
     assert "it is no checkpoint of a network" in capsys.readouterr().err
 
 
+class Asking:
+    """Whoever unpickles it calls ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+def grown():
+    """A tensor of one number that would be copied to a terabyte."""
+    from torch._utils import _rebuild_device_tensor_from_cpu_tensor as moved
+
+    return Asking(moved, torch.zeros(1).expand(10**6, 10**6), torch.float64, "cpu", False)
+
+
+@pytest.mark.parametrize("value", [Asking(bytearray, 10**12), grown()], ids=["bytearray", "tensor"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_would_take_memory_when_it_is_opened_is_not_opened(tmp_path, weights, value, archive):
+    torch.save({"network_weights": weights, "x": value}, tmp_path / "w.pth", _use_new_zipfile_serialization=archive)
+    with pytest.raises(ValueError, match=r"calls \S+ when it is opened, which may take more memory than there is"):
+        read(tmp_path / "w.pth")
+
+
 # ---- names
 
 
@@ -197,6 +222,7 @@ def test_the_zoo_takes_no_memory(tmp_path, weights):
         "doubled": {"network_weights": weights, "init_args": {"plans": doubled(60)}},
         "deep": {"network_weights": weights, "init_args": nested(5000)},
         "meta": {"network_weights": {**weights, KEY: torch.zeros(10**9, device="meta")}},
+        "bytes": {"network_weights": weights, "x": Asking(bytearray, 10**9)},
     }
     for name, content in files.items():
         buffer = io.BytesIO()

@@ -13,13 +13,13 @@ from helpers.targets import call, pretraining, target
 from nnunetv2_cva.model.taps import Tap
 from nnunetv2_cva.seeing import slices
 from nnunetv2_cva.seeing.dense import DenseMap
-from nnunetv2_cva.seeing.describe import Described, by_intensity, by_position, cells, from_maps, nearest
+from nnunetv2_cva.seeing.describe import Described, by_intensity, by_position, cells, coarser, from_maps, nearest
 from nnunetv2_cva.seeing.frozen import Frozen
 from nnunetv2_cva.seeing.images import Image, body
 from nnunetv2_cva.seeing.look import look, reduced
-from nnunetv2_cva.seeing.look_page import content
+from nnunetv2_cva.seeing.look_page import _to_file, content
 from nnunetv2_cva.seeing.matches import centroids, choose_points, colours, errors_mm, match, regions
-from nnunetv2_cva.seeing.propagation import INTENSITY, POSITION, carry, dice, labels_on, means, one_shot
+from nnunetv2_cva.seeing.propagation import INTENSITY, POSITION, carry, dice, from_first, labels_on, means, one_shot
 
 SIZE = (20, 26, 22)
 CENTRES = np.array([(6.5, 8.5, 7.5), (13.5, 17.5, 9.5), (8.5, 20.5, 15.5)])
@@ -153,6 +153,34 @@ def test_labels_on_a_grid_are_those_of_the_cells_centres():
     assert labels_on(labels, (2, 2, 2)).tolist() == [labels[i, j, k] for i in (1, 3) for j in (1, 4) for k in (1, 3)]
 
 
+def test_labels_of_the_first_image_are_carried_to_each_of_the_others():
+    """Where the blobs are in another place, an ideal network carries their labels and the same relative position does not; Dice
+    against a plain loop over cells."""
+    shifts = [(0, 0, 0), (2, -4, 2), (-2, -2, 2)]  # whole cells of the coarser grid
+    images, bins = [phantom(shift, name=name) for shift, name in zip(shifts, "abc")], (10, 13, 11)
+    rows = {
+        "ideal": [coarser(described_by_anatomy(i, s), 10 * 13 * 11) for i, s in zip(images, shifts)],
+        "position": [by_position(i, bins) for i in images],
+    }
+    found = {(c.row, c.target): c for c in from_first(images, rows, (1, 2, 3))}
+    assert set(found) == {(row, target) for row in rows for target in "bc"}
+    assert all(c.source == "a" for c in found.values())
+    assert min(min(found["ideal", t].dice) for t in "bc") > 0.8 > 0.6 > max(max(found["position", t].dice) for t in "bc")
+    source, target = rows["position"][0], rows["position"][2]
+    known, truth = (labels_on(images[n].labels, bins) for n in (0, 2))
+    carried = torch.stack([known[((row - source.rows) ** 2).sum(1).argmin()] for row in target.rows])
+    hits = ((carried == 2) & (truth == 2)).sum()
+    assert found["position", "c"].dice[1] == pytest.approx(float(2 * hits / ((carried == 2).sum() + (truth == 2).sum())))
+
+
+def test_a_coarser_description_is_the_mean_of_its_cells():
+    d = described_by_anatomy(phantom(), (0, 0, 0))
+    coarse = coarser(d, 20 * 26 * 22 // 8)
+    assert coarse.bins == (10, 13, 11) and coarser(d, 20 * 26 * 22).bins == d.bins
+    expected = d.rows.reshape(10, 2, 13, 2, 11, 2, -1).mean((1, 3, 5)).flatten(0, 2)
+    torch.testing.assert_close(coarse.rows, torch.nn.functional.normalize(expected, dim=1), atol=1e-5, rtol=1e-4)
+
+
 def test_one_shot_rows_see_the_same_windows_and_are_repeatable():
     cases = [phantom((n % 2, -n % 3, 0), name=f"case {n}", seed=n) for n in range(4)]
     first = one_shot(cases, networks(), (1, 2, 3), pairs=3)
@@ -198,6 +226,18 @@ def test_numbers_of_a_page_give_the_similarities():
     exact = d.rows[:50] @ d.rows[200:260].T
     np.testing.assert_allclose(rows[:50].astype(float) @ rows[200:260].astype(float).T / scale**2, exact, atol=0.05)
     assert kept == pytest.approx(1, abs=1e-3)
+
+
+def test_the_voxels_that_are_named_are_the_files():
+    """Cropped, its axes exchanged, resampled to half the voxels: on the picture, the page and in the numbers."""
+    properties = {"bbox_used_for_cropping": [[3, 23], [5, 31], [4, 26]]}
+    image = Image("a", phantom(size=(10, 13, 11)).voxels, (1.0, 1.0, 1.0), properties, (2, 0, 1))
+    file = np.array([14, 20, 7])  # in the file; along the network's axes 7, 14, 20
+    point = image.from_file(file[None] + 0.5)[0]
+    np.testing.assert_allclose(point, (np.array([7, 14, 20]) + 0.5 - (3, 5, 4)) / 2)
+    assert image.voxel(point) == "14 20 7"
+    begin, step, order = _to_file(image).values()
+    assert [int(begin[a] + point[order.index(a)] * step[a]) for a in range(3)] == file.tolist()
 
 
 def test_points_outside_are_refused():
@@ -259,7 +299,26 @@ def test_a_click_in_the_first_image_shows_heat_in_the_others(looked, width):
     seen = json.loads(found.title)
     assert found.errors == [] and found.requests == []
     assert seen["count"] == 6 and seen["changed"] == 6, "both networks, three images"
-    assert "similarity" in seen["caption"] and seen["wide"] <= width
+    assert re.search(r"scan_1, similarity \d\.\d\d, voxel \d+ \d+ \d+$", seen["caption"]) and seen["wide"] <= width
+
+
+def test_a_second_file_is_a_row_of_its_own(looked, tmp_path, capsys):
+    """By the same weights the same matches, by others others; a file that expects other images is refused."""
+    files, weights = sorted(looked.parent.glob("scan_*.nii.gz"))[:2], looked.parent / "checkpoint_final.pth"
+    pretraining(tmp_path / "other.pth", target(view=(16, 16, 16)), seed=5)  # of another view: for whole images that is no matter
+    for against in (weights, tmp_path / "other.pth"):
+        assert call("look", weights, "-i", *files, "-o", tmp_path, "--against", against, "--count", 3, "-device", "cpu") == 0
+        told = {m["network"]: m for m in json.loads((tmp_path / "look.json").read_text())["matches"]}
+        assert list(told) == ["trained", "untrained", "against"]
+        assert (told["against"]["similarity"] == told["trained"]["similarity"]) == (against == weights)
+    assert [n["name"] for n in page_content(tmp_path)["networks"]] == ["trained", "untrained", "against"]
+    pretraining(tmp_path / "coarse.pth", target(spacing=(1.0, 1.0, 3.0)))
+    assert call("look", weights, "-i", *files, "-o", tmp_path, "--against", tmp_path / "coarse.pth") == 2
+    assert re.search(r"coarse.pth expects other images than .*checkpoint_final.pth, .* spacing", capsys.readouterr().err)
+
+
+def page_content(folder):
+    return json.loads(re.search(r"const LOOK = (.*);\n", (folder / "look.html").read_text()).group(1))
 
 
 def test_labels_of_a_target_give_tables(tmp_path, monkeypatch, capsys):
@@ -277,16 +336,31 @@ def test_labels_of_a_target_give_tables(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for row in ("same relative position", "position", "intensity", "trained", "untrained"):
         assert re.search(rf"^  {row} ", out, re.MULTILINE), row
+    told = json.loads((tmp_path / "out" / "look.json").read_text())
+    titles = [t["title"] for t in told["tables"]]
+    assert "Centroids of labels of b0 found in the others" in titles[0]
+    assert "Labels of b0 carried to b1, b2 by nearest features, whole images" in titles[1] and "2 pairs" in titles[2]
+    rows = [[r[0] for r in t["rows"]] for t in told["tables"]]
+    assert rows[0] == rows[1] == ["same relative position", "intensity", "trained", "untrained"]
+    assert told["tables"][1]["header"] == ["by", "mean, 95 % interval", "x", "y", "z"]
+    page = (tmp_path / "out" / "look.html").read_text()
+    assert all(t in out and f"<h2>{t}</h2>" in page for t in titles[1:])
     assert call(*arguments, "-i", "b7", "b1") == 2 and "no labelled case 'b7'" in capsys.readouterr().err
 
 
 def test_points_of_a_file_are_voxels_of_the_first_image(tmp_path, looked, capsys):
-    (tmp_path / "points.csv").write_text("i,j,k\n6,8,7\n13,17,9\n")
+    (tmp_path / "points.csv").write_bytes("i;j;k\r\n6;8;7\r\n13; 17;9\r\n".encode("utf-16"))  # as a spreadsheet saves it
     files = sorted(looked.parent.glob("scan_*.nii.gz"))[:2]
     weights = looked.parent / "checkpoint_final.pth"
     assert call("look", weights, "-i", *files, "-o", tmp_path, "--points", tmp_path / "points.csv", "-device", "cpu") == 0
-    shown = json.loads(re.search(r"const LOOK = (.*);\n", (tmp_path / "look.html").read_text()).group(1))
+    shown = page_content(tmp_path)
     assert shown["point"] == pytest.approx([6.5, 8.5, 7.5], abs=0.01)
+    told = json.loads((tmp_path / "look.json").read_text())
+    assert told["image"] == "scan_0" and told["points"] == [[6, 8, 7], [13, 17, 9]] and told["tables"] == []
+    assert [(m["network"], m["image"], len(m["places"])) for m in told["matches"]] == [
+        ("trained", "scan_1", 2),
+        ("untrained", "scan_1", 2),
+    ]
     (tmp_path / "points.csv").write_text("here\n")
     assert call("look", weights, "-i", *files, "-o", tmp_path, "--points", tmp_path / "points.csv") == 2
     assert "expected three numbers i,j,k a line" in capsys.readouterr().err

@@ -131,6 +131,18 @@ def test_what_nnunet_needs_is_there(folders):
     assert len(splits) == 5 and all(len(s["train"]) + len(s["val"]) == 7 for s in splits)
 
 
+@pytest.mark.parametrize("processes", ["0", "many"])
+def test_any_number_of_loader_processes_is_planned_preprocessed_and_looked_at_with(folders, monkeypatch, processes):
+    """nnU-Net's planners give torch as many threads; 0, which doctor recommends for small containers, is none."""
+    _, preprocessed = folders
+    monkeypatch.setenv("nnUNet_n_proc_DA", processes)
+    assert call("-d", 500, "-pl", "ExperimentPlanner", "--view", 16, 16, 16) == 0
+    for command in (["preprocess", "-np", "1"], ["peek", "--cases", "1", "--pairs", "1"]):
+        assert main.main([command[0], "-d", "500", *command[1:]]) == 0
+    assert os.environ["nnUNet_n_proc_DA"] == processes
+    assert (preprocessed / "Dataset500_Images" / "views.png").exists()
+
+
 def test_the_environment_is_as_before(folders, monkeypatch):
     raw, preprocessed = folders
     call("-d", 500, "-pl", "ExperimentPlanner")
@@ -210,6 +222,14 @@ def test_what_the_images_are_and_what_the_target_is(targets, tmp_path, capsys):
 
 
 # ---- presets
+
+
+def test_the_tables_of_memory_say_what_the_presets_say():
+    texts = [(ROOT / f).read_text() for f in ("docs/data.md", "benchmarks/README.md")]
+    for name in nnunet_plans.presets():
+        number = nnunet_plans.from_preset(name)["preset"]["peak_memory"].partition(" ")[0]
+        rows = [line for text in texts for line in text.splitlines() if line.startswith((f"| `{name}` |", f"| {name} |"))]
+        assert len(rows) == 2 and f"| {number} GB" in rows[0] and f"| **{number}** |" in rows[1], name
 
 
 @pytest.mark.parametrize("name", sorted(nnunet_plans.presets()))
@@ -381,6 +401,11 @@ def test_a_preset_is_written_into_all_targets_and_kept_plans_into_later_ones(tar
     changed = {Path(path).name for path in after if after[path] != before[path]}
     assert changed == {INSPECTION, "cva_written.json"}  # what was looked at, and the target
     assert encoder_shapes(planned(preprocessed, "Dataset005_Second")) == encoder_shapes(source)
+    theirs = preprocessed / "Dataset004_First" / "nnUNetPlansCVA.json"
+    added = {"inherits_from": "3d_fullres", "patch_size": [16, 16, 16]}
+    theirs.write_text(json.dumps({**first, "configurations": {**first["configurations"], "3d_small": added}}))
+    assert call("-d", 500, "--target", 4, "--preset", "tiny") == 0, "a configuration that a user has added is no difference"
+    assert planned(preprocessed, "Dataset004_First")["configurations"] == {**first["configurations"], "3d_small": added}
     planned_before = everything(preprocessed / "Dataset004_First")
     assert call("-d", 500, "--target", 4, "--preset", "resencl_96") == 2
     assert "exists and differs" in capsys.readouterr().err and everything(preprocessed / "Dataset004_First") == planned_before
@@ -647,11 +672,11 @@ def test_what_was_not_counted_is_calculated_from_what_was():
 @pytest.mark.parametrize(
     ("gb", "view", "cases", "mode"),
     [
-        (31, (128, 96, 128), 4, False),
-        (18, (128, 96, 128), 4, "selective"),
-        (7.2, (96, 96, 96), 4, True),
-        (7, (128, 96, 128), 2, True),
-        (4.6, (96, 64, 96), 2, True),
+        (33.8, (128, 96, 128), 4, False),
+        (19.6, (128, 96, 128), 4, "selective"),
+        (7.77, (96, 96, 96), 4, True),
+        (7.55, (128, 96, 128), 2, True),
+        (4.93, (96, 64, 96), 2, True),
     ],
 )
 def test_a_card_gets_the_largest_view_with_as_little_recomputed_as_fits(gb, view, cases, mode):

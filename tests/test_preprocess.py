@@ -510,6 +510,18 @@ def test_the_pretraining_trainer_trains_on_it(folders, monkeypatch):
     assert len(run.history.epochs) == FAST["epochs"] and np.isfinite(run.history.epochs[-1]["total_loss"])
 
 
+def test_a_training_does_not_take_what_other_plans_have_made(folders):
+    """Plans can be made again under the same name, and what was preprocessed stays."""
+    _, preprocessed = folders
+    call("preprocess")
+    file = preprocessed / NAME / "nnUNetPlansCVA.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [1.0, 1.0, 2.0]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(ValueError, match=r"made with other settings \(spacing: \[1.*\], now \[1.0, 1.0, 2.0\]\)"):
+        trainer(preprocessed, nnUNetTrainerCVA).initialize()
+
+
 def test_stock_training_stops_at_a_folder_whose_name_says_why(folders):
     _, preprocessed = folders
     call("preprocess")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers.images import write
 from helpers.targets import call, pretraining, target
 from test_look import networks, phantom
 
+from nnunetv2_cva.seeing.frozen import check_comparable, load_frozen
 from nnunetv2_cva.seeing.probing import probe_images, probe_voxels
 
 
@@ -64,10 +66,72 @@ def test_images_by_the_command(tmp_path, capsys):
         volume = phantom(seed=n).voxels[0].numpy() + (n % 2) * np.random.default_rng(n).normal(0, 0.5, (20, 26, 22))
         write(tmp_path / f"{n}.nii.gz", (100 * volume + 50).astype(np.float32))
         lines.append(f"{n}.nii.gz,{'noisy' if n % 2 else 'clean'},s{n}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "labels.csv").write_bytes("\r\n".join(lines).replace(",", ";").encode("utf-16"))  # as a spreadsheet saves it
     arguments = ("probe", tmp_path / "w.pth", "--csv", tmp_path / "labels.csv", "-o", tmp_path / "out", "-device", "cpu")
     assert call(*arguments, "--folds", 2) == 0
     out = capsys.readouterr().out
     assert "balanced accuracy" in out and "AUROC" in out and "average precision" in out and "untrained" in out
+    (tmp_path / "labels.csv").write_text("path,label\n0.nii.gz,a\nno.nii.gz,b\n")
+    assert call(*arguments) == 2 and "no.nii.gz: expected an image" in capsys.readouterr().err
     (tmp_path / "labels.csv").write_text("file\nx\n")
-    assert call(*arguments) == 2 and "expected the columns path, label, found file" in capsys.readouterr().err
+    assert call(*arguments) == 2 and "labels.csv: expected the columns path, label, found file" in capsys.readouterr().err
+
+
+def test_images_of_several_channels_by_the_command(tmp_path, capsys):
+    """The class shows in the second channel only, which the table does not name."""
+    pretraining(tmp_path / "w.pth", target(channels=2, view=(16, 16, 16)))
+    lines = ["path,label"]
+    for n in range(8):
+        for c in range(2):
+            noise = (n % 2) * c * np.random.default_rng(n).normal(0, 0.5, (20, 26, 22))
+            volume = phantom(seed=n + c).voxels[0].numpy() + noise
+            write(tmp_path / f"case[{n}]_{c:04d}.nii.gz", (100 * volume + 50).astype(np.float32))
+        lines.append(f"case[{n}]_0000.nii.gz,{'noisy' if n % 2 else 'clean'}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    arguments = ("probe", tmp_path / "w.pth", "--csv", tmp_path / "labels.csv", "-o", tmp_path / "out", "-device", "cpu")
+    assert call(*arguments, "--folds", 2) == 0
+    rows = {r[0]: r[1] for r in csv.reader((tmp_path / "out" / "probe.csv").read_text().splitlines())}
+    assert rows["intensity"].startswith("1.000") and set(rows) == {"features", "intensity", "untrained", "w"}
+    (tmp_path / "case[3]_0001.nii.gz").unlink()
+    capsys.readouterr()
+    assert call(*arguments, "--folds", 2) == 2
+    assert re.search(r"Image case\[3\]: expected 2 files case\[3\]_0000", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"normalization_schemes": ["RescaleTo01Normalization"]}, r"normalisation \['ZScore.*'\], found \['Rescale"),
+        ({"use_mask_for_norm": [True]}, r"normalisation within the mask \[False\], found \[True\]"),
+        ({"spacing": [1.0, 1.0, 2.0]}, r"spacing \(1.0, 1.0, 1.0\), found \(1.0, 1.0, 2.0\)"),
+        ({"patch_size": [16, 24, 16]}, r"views \(16, 16, 16\), found \(16, 24, 16\)"),
+    ],
+)
+def test_files_that_expect_other_images_are_not_compared(tmp_path, change, said):
+    made, other = target(view=(16, 16, 16)), target(view=(16, 16, 16))
+    other.plans["configurations"]["3d_fullres"].update(change)
+    first, second = (frozen(tmp_path / f"{n}.pth", t) for n, t in (("a", made), ("b", other)))
+    check_comparable(first, first, ("a", "a"), views=True)
+    with pytest.raises(ValueError, match=f"b expects other images than a, .*: expected {said}"):
+        check_comparable(first, second, ("a", "b"), views=True)
+    if "patch_size" in change:
+        check_comparable(first, second, ("a", "b"), views=False)
+
+
+def test_intensities_of_all_images_count_where_the_normalisation_uses_them(tmp_path):
+    made = [target(view=(16, 16, 16)) for _ in range(3)]
+    for t, mean in zip(made, (40.0, 40.0, 90.0)):
+        t.plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+        t.plans["foreground_intensity_properties_per_channel"] = {
+            "0": {"mean": mean, "std": 9.0, "percentile_00_5": 1.0, "percentile_99_5": 99.0, "median": mean * 2}
+        }
+    made[1].plans["foreground_intensity_properties_per_channel"]["0"]["median"] = 7.0  # nothing uses it
+    a, b, c = (frozen(tmp_path / f"{n}.pth", t) for n, t in enumerate(made))
+    check_comparable(a, b, ("a", "b"), views=True)
+    with pytest.raises(ValueError, match="intensities .*'mean': 40.0.*, found .*'mean': 90.0"):
+        check_comparable(a, c, ("a", "c"), views=True)
+
+
+def frozen(path, made):
+    pretraining(path, made)
+    return load_frozen(path)

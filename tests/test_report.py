@@ -58,6 +58,22 @@ def test_a_browser_shows_the_page_without_complaint(folder, width):
     assert seen["images"] == [True] * 3 and seen["wide"] <= width
 
 
+@pytest.mark.skipif(browser() is None, reason="no chromium or chrome here to open the page with")
+def test_the_page_prints_whole(folder):
+    """Nothing that would have to be scrolled is cut, no picture is higher than a page of A4 without its margins."""
+    script = """
+      const cut = [...document.querySelectorAll("pre, .wide")].filter(e =>
+        e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX !== "visible");
+      document.title = JSON.stringify({cut: cut.length, wide: document.documentElement.scrollWidth,
+        heights: [...document.images].map(i => i.getBoundingClientRect().height)});
+    """
+    width, height = 718, 1047  # 19 x 27.7 cm at 96 to the inch
+    found = browse(folder / "report.html", width, script, height=height, media="print")
+    seen = json.loads(found.title)
+    assert seen["cut"] == 0 and seen["wide"] <= width and max(seen["heights"]) < height
+    assert found.errors == [] and 2 <= len(re.findall(rb"/Type\s*/Page\b", found.paper)) <= 12
+
+
 def test_the_command_makes_the_page_anew_and_prints_the_verdict(folder, capsys):
     (folder / "report.html").unlink()
     before = (folder / "matches.png").stat().st_mtime

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.projects import VIEW, architecture, make_project, make_trainer
 from helpers.recorded import RECORDED
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
@@ -183,6 +184,18 @@ def test_curves_have_whole_epochs_parts_that_add_up_and_what_to_compare_with(tmp
     ends = band.get_patch_transform().transform_path(band.get_path()).get_extents()  # a polygon in matplotlib 3.8
     assert (ends.y0, ends.y1) == pytest.approx(DEFAULT.overlap)
     assert " ".join(figure.get_suptitle().split()).startswith(f"{verdict(epochs).state} after {len(epochs)} epochs: ")
+
+
+def test_no_legend_lies_on_a_panel_whatever_style_others_have_set(tmp_path, drawn):
+    """nnU-Net's plots leave fonts two and a half times as large behind."""
+    with rc_context({"font.size": 30, "legend.fontsize": 40}):
+        draw_curves(epochs_of("default"), DEFAULT, tmp_path / "progress.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    legends = [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
+    assert len(legends) >= 5 and all(p.width > 300 and p.height > 100 for p in panels)
+    assert not any(legend.overlaps(panel) for legend in legends for panel in panels)
 
 
 def test_an_objective_from_outside_is_drawn_without_parts_that_would_not_add_up(tmp_path, drawn):

@@ -74,7 +74,7 @@ def follow(said, capsys):
 def check_fits(file, there):
     """The weights fit all of the encoder, in the target's own normalisation, and nothing more is advised."""
     transfer = match(read(file), there.build(), there.view)
-    assert transfer.refusal() is None and same_plans(transfer, there) is None
+    assert transfer.refusal() is None and same_plans(transfer.source, transfer.target, there) is None
     for name in ("normalization_schemes", "use_mask_for_norm"):
         assert there.settings[name] == own().settings[name]
     assert there.settings["data_identifier"] != own().settings["data_identifier"]
@@ -144,8 +144,23 @@ def test_a_refusal_says_it_too(folders, tmp_path, capsys):
     assert advised(said)[1] == ["-p", f"nnUNetPlansFrom{SOURCE}", "-c", "3d_fullres"] and said.count("\n") == 1
 
 
+def test_for_an_unet_of_another_kind_it_is_said_too_and_fits_then(folders, tmp_path, capsys):
+    """A residual encoder for a target with the plain one of nnU-Net's default planner."""
+    _, preprocessed = folders
+    (preprocessed / NAME / "nnUNetPlans.json").write_text(json.dumps(with_intensities(target("plain", name=NAME))))
+    file = stock_checkpoint(tmp_path / "c.pth", target(), target().build())
+    assert call("check", file, "-d", 4, "-c", "3d_fullres") == 2
+    said = capsys.readouterr().err
+    assert "residual U-Net, the target is a plain U-Net: nothing of one fits into the other. The plans differ." in said
+    there = follow(said, capsys)
+    assert match(read(file), there.build(), there.view).refusal() is None
+    primus = stock_checkpoint(tmp_path / "p.pth", target("primus"), target("primus").build())
+    assert call("check", primus, "-d", 4, "-c", "3d_fullres") == 2 and "--format plans" not in capsys.readouterr().err
+
+
 def hint(file, there):
-    return same_plans(match(read(file), there.build(), there.view), there)
+    transfer = match(read(file), there.build(), there.view)
+    return same_plans(transfer.source, transfer.target, there)
 
 
 def test_without_plans_in_the_file_there_is_nothing_to_advise(tmp_path):

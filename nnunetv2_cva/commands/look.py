@@ -17,18 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_weights(parser)
     add("-i", dest="images", nargs="+", default=[], metavar="IMAGE", help="two or more images; with --target: names of its cases")
-    add("-o", dest="output", required=True, metavar="FOLDER", help="where look.png and look.html go")
+    add("-o", dest="output", required=True, metavar="FOLDER", help="where look.png, look.html and look.json go")
     add("--points", metavar="FILE", help="CSV of points i,j,k in voxels of the first image's array (default: chosen, spread out)")
     add("--count", type=positive, default=4, metavar="N", help="how many points are chosen (default 4)")
     add(
-        "--target", metavar="D", help="a labelled dataset in nnUNet_raw: errors in mm, and labels carried from one case to others"
+        "--target",
+        metavar="D",
+        help="a labelled dataset in nnUNet_raw: errors in mm, the first case's labels carried to the others, and labels carried "
+        "between random windows",
     )
     add("--against", metavar="WEIGHTS", help="a second file of weights, a row of its own")
-    add("--pairs", type=positive, default=20, metavar="N", help="random windows that labels are carried to (default 20)")
+    add("--pairs", type=positive, default=20, metavar="N", help="of random windows that labels are carried between (default 20)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write picture and page; with labels print the tables, too."""
+    """Write picture, page and numbers; with labels print the tables, too."""
     from nnunetv2_cva.seeing.look_at import look_at
     from nnunetv2_cva.seeing.requests import LookRequest
 

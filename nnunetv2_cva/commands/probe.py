@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", dest="output", required=True, metavar="FOLDER", help="where probe.csv and probe.png go")
     add("-d", dest="dataset", metavar="D", help="voxels: a labelled dataset in nnUNet_raw")
     add("--labelled", type=positive, default=4, metavar="N", help="voxels: cases that the classifiers are fitted to (default 4)")
-    add("--csv", metavar="FILE", help="images: a table with the columns path, label and optionally subject")
+    add(
+        "--csv",
+        metavar="FILE",
+        help="images: a table with the columns path, label and optionally subject; of several channels, path is any of the files",
+    )
     add("--seeds", type=positive, default=5, metavar="N", help="voxels: repetitions with other cases and windows (default 5)")
     add("--folds", type=positive, default=5, metavar="N", help="images: folds of the cross-validation (default 5)")
     add("--branch", choices=("student", "teacher"), default="student", help="default: student")

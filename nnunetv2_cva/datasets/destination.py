@@ -100,16 +100,8 @@ def prepare(to: Destination, cases: Sequence[Finding]) -> None:
         ValueError: the folder holds cases made with other settings, or the disk is too small.
     """
     to.folder.mkdir(parents=True, exist_ok=True)
-    path, now = to.folder / SETTINGS, _settings(to)
-    if path.is_file():
-        before = read_object(path)
-        changed = [k for k in now if before.get(k) != now[k]]
-        if changed:
-            listing = "; ".join(f"{k}: {before.get(k)}, now {now[k]}" for k in changed)
-            raise ValueError(
-                f"{to.folder} holds cases made with other settings ({listing}). Delete "
-                "the folder to preprocess again, or plan under another name (`plans`)."
-            )
+    path, now = to.folder / SETTINGS, {**_settings(to.plans, to.configuration), "storage": to.storage}
+    _check_made_with(now, to.folder)
     todo = [c for c in cases if not (to.folder / f"{c.key}.b2nd").is_file()]
     need, free = needed_bytes(to, todo), shutil.disk_usage(to.folder).free
     if need > free:
@@ -185,13 +177,32 @@ def without_left_out(dataset: Path, keys: Collection[str]) -> list[Path]:
     return changed
 
 
-def _settings(to: Destination) -> dict[str, Any]:
-    configuration = to.manager.configuration
+def check_made_for(folder: Path, plans: dict[str, Any], configuration: str) -> None:
+    """That our preprocessing made the cases in ``folder`` as these plans say; of others nothing is known.
+
+    Raises:
+        ValueError: as other plans said; names what has changed.
+    """
+    if (folder / SETTINGS).is_file():
+        _check_made_with(_settings(plans, configuration), folder)
+
+
+def _check_made_with(now: dict[str, Any], folder: Path) -> None:
+    path = folder / SETTINGS
+    before = read_object(path) if path.is_file() else now
+    if changed := [k for k in now if before.get(k) != now[k]]:
+        listing = "; ".join(f"{k}: {before.get(k)}, now {now[k]}" for k in changed)
+        raise ValueError(
+            f"{folder} holds cases made with other settings ({listing}). Delete "
+            "the folder to preprocess again, or plan under another name (`plans`)."
+        )
+
+
+def _settings(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    configuration = PlansManager(plans).get_configuration(name).configuration
+    clipped = "CTNormalization" in configuration["normalization_schemes"]
     return {
         **{k: configuration[k] for k in DECISIVE},
-        "transpose_forward": to.plans["transpose_forward"],
-        "foreground_intensity_properties_per_channel": to.plans["foreground_intensity_properties_per_channel"]
-        if "CTNormalization" in configuration["normalization_schemes"]
-        else None,
-        "storage": to.storage,
+        "transpose_forward": plans["transpose_forward"],
+        "foreground_intensity_properties_per_channel": plans["foreground_intensity_properties_per_channel"] if clipped else None,
     }

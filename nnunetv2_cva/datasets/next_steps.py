@@ -79,7 +79,8 @@ def _for_target(target: FineTuned, plans_name: str, name: str, recipe: Recipe, c
         weights = file
     commands.append(f"nnUNetv2_train {number} {chosen} 0 -p {plans}{trainer} -pretrained_weights {weights}{device()}")
     raw = Path(os.environ.get(RAW, RAW)) / target.name
-    images = _below(RAW, f"{target.name}/{'imagesTs' if (raw / 'imagesTs').is_dir() else 'imagesTr'}")
+    unlabelled = any((raw / "imagesTs").glob("[!.]*"))  # converters leave the folder empty where there are none
+    images = _below(RAW, f"{target.name}/{'imagesTs' if unlabelled else 'imagesTr'}")
     predict = f"nnUNetv2_predict -i {images} -o predictions_{number} -d {number} -c {chosen} -p {plans}{trainer} -f 0"
     return [*commands, f"{predict}{device()}"]
 

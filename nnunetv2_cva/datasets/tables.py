@@ -31,7 +31,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> list[tuple[int, dict[
     """
     if not path.is_file():
         return []
-    text = _decoded(path.read_bytes())
+    text = decoded(path.read_bytes())
     first, _, rest = text.partition("\n")
     delimiter = None
     if first.strip().lower().startswith("sep="):  # a line that only Excel writes and reads
@@ -51,7 +51,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> list[tuple[int, dict[
     return [(line, {name: row[n] if n < len(row) else "" for n, name in enumerate(header)}) for line, row in found]
 
 
-def _decoded(content: bytes) -> str:
+def decoded(content: bytes) -> str:
+    """The text of a file that some program has saved."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")
     try:

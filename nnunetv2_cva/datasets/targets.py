@@ -60,9 +60,10 @@ def fixed_plans(fixed: dict[str, Any], configuration: str, target: FineTuned, ow
 
 
 def check_fixed_plans(plans: dict[str, Any], target: FineTuned) -> None:
-    """Raise ValueError where the target has other plans of this name: they may be in use."""
+    """Raise ValueError where the target has other plans of this name: they may be in use. Configurations that a user has added to
+    them are no difference."""
     path = target.folder / f"{plans['plans_name']}.json"
-    if path.is_file() and read_object(path) != plans:
+    if path.is_file() and read_object(path) != _with_added(plans, path):
         raise ValueError(
             f"{path} exists and differs from the plans to be written. Delete it, or plan under another name (`plans`)."
         )
@@ -71,5 +72,11 @@ def check_fixed_plans(plans: dict[str, Any], target: FineTuned) -> None:
 def write_fixed_plans(plans: dict[str, Any], target: FineTuned) -> Path:
     """Into the target's preprocessed folder; returns the file."""
     path = target.folder / f"{plans['plans_name']}.json"
-    write_json(path, plans)
+    write_json(path, _with_added(plans, path))
     return path
+
+
+def _with_added(plans: dict[str, Any], path: Path) -> dict[str, Any]:
+    there = read_object(path).get("configurations") if path.is_file() else None
+    added = {k: v for k, v in there.items() if k not in plans["configurations"]} if isinstance(there, dict) else {}
+    return {**plans, "configurations": {**plans["configurations"], **added}}

@@ -12,7 +12,7 @@ from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.datasets.memory_plan import CARDS, CONTEXT, MODES, WORKSPACES, CardChoice, Counting, StepMemory, best, budget
 from nnunetv2_cva.datasets.nnunet_plans import add_pretraining
 from nnunetv2_cva.datasets.user_changes import Recipe
-from nnunetv2_cva.nnunet import PRETRAINING
+from nnunetv2_cva.nnunet import PRETRAINING, TOKEN
 from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.views.geometry import Feasibility, feasibility
@@ -21,7 +21,6 @@ PAPERS_BATCH = 4
 ROOM_IN = 0.75  # of the cases shall have room for the drawn overlap
 LOOKED_AT = 256  # cases whose shapes decide about the view
 CELLS = 2  # a view keeps at least so many cells of the deepest feature map along every axis
-TOKEN = (8, 8, 8)  # voxels of a Primus token
 
 
 @dataclass(frozen=True)

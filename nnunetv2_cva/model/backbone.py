@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.model.taps import Tap
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from nnunetv2_cva.model.family import Family, Layout, Part, Stage, first_of, need
+from nnunetv2_cva.model.naming import Family, Layout, Part, Stage, first_of, need
 
 
 def layout_of(weights: Mapping[str, Tensor], stated: Family | None = None) -> Layout:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
 from nnunetv2_cva.model.families import PRIMUS_V1, PRIMUS_V2_V3
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, token_tap
 from nnunetv2_cva.sizes import by
 
@@ -139,7 +139,10 @@ class PrimusBackbone(nn.Module):
             maps = [_as_map(features, grid)]
             image = self.pooling(features) if self.pooling is not None else None
         if self.decoder_blocks is not None and self.patch_decoder is not None:
-            reconstruction = self.patch_decoder(_as_map(self.decoder_blocks(full)[0], grid))
+            # Tokens have their channels last. Compiled, a transposed convolution of such a map has a gradient in another memory
+            # format than expected, and the step fails (torch 2.11, cuDNN 9.19).
+            decoded = _as_map(self.decoder_blocks(full)[0], grid).contiguous()
+            reconstruction = self.patch_decoder(decoded)
         return maps, image, reconstruction
 
     def _full_grid(self, views: Tensor, mask: Tensor | None) -> tuple[Tensor, torch.Size]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnunetv2_cva.config import MASK_BLOCKS, CVAConfig
 from nnunetv2_cva.model.checkpointing import recompute_in_backward
 from nnunetv2_cva.model.families import PLAIN, RESIDUAL
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.model.taps import Tap, check_divisible, check_visible, image_vector, unet_taps
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -104,6 +105,11 @@ def dense_maps(
             weights[t][where] += weight
         tick()
     return [_without_padding(sums.pop(t) / weights[t], taps[t], windows, image.shape[1:]) for t in wanted]
+
+
+def mean_vector(maps: Sequence[DenseMap]) -> np.ndarray:
+    """(sum of C,): the mean of every map over its image."""
+    return torch.cat([m.values.mean(dim=(1, 2, 3)) for m in maps]).cpu().numpy()
 
 
 @torch.inference_mode()

@@ -92,6 +92,18 @@ def by_position(image: Image, bins: tuple[int, int, int]) -> Described:
     return _described(image, bins, (centres - low) / (high - low).clamp_min(1e-6))
 
 
+def coarser(described: Described, most: int) -> Described:
+    """A network's description on a grid of at most ``most`` cells, by the means of its rows, of length 1 again."""
+    bins = cells(described.size, most)
+
+    def means(values: Tensor) -> Tensor:
+        volume = values.reshape(len(values), *described.bins)
+        return on_grid([DenseMap(volume, (1, 1, 1), (0.0, 0.0, 0.0), described.bins)], bins).flatten(1)
+
+    rows, inside = means(described.rows.T).T, means(described.body.float()[None])[0] > 0.5
+    return Described(normalize(rows, dim=1), bins, described.size, described.spacing, inside)
+
+
 def nearest(queries: Tensor, rows: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For queries (Q, D) the number of the nearest of ``rows`` (R, D) and the squared distance to it, both (Q,); only rows with
     ``allowed`` (R,) True count."""

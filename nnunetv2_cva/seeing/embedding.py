@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from nnunetv2_cva.files import write_text, written_whole
-from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, on_grid, window_vectors
-from nnunetv2_cva.seeing.frozen import Frozen
-from nnunetv2_cva.seeing.images import FoundImage, Image, preprocess
+from nnunetv2_cva.seeing.dense import DenseMap, check_taps, dense_maps, mean_vector, on_grid, window_vectors
+from nnunetv2_cva.seeing.frozen import Frozen, frozen
+from nnunetv2_cva.seeing.images import FoundImage, Image, find_image, preprocess
+from nnunetv2_cva.transfer.network import Loaded
 
 Level = Literal["image", "windows", "dense"]
 Format = Literal["npz", "b2nd", "nifti"]
@@ -40,6 +40,59 @@ class Wanted:
         return [self.folder / f"{name}_tap{t}.{ending}" for t in check_taps(self.taps, network.taps)]
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """An image's features: ``maps``, one per tap, and where their cells are. ``image``: as the network saw it, preprocessed."""
+
+    maps: tuple[DenseMap, ...]
+    image: Image
+
+    @property
+    def vector(self) -> np.ndarray:
+        """(D,) the mean of every tap over the image."""
+        return mean_vector(self.maps)
+
+    def centres(self, number: int) -> np.ndarray:
+        """(gi, gj, gk, 3): where the cells of map ``number`` have their centres, in voxels of the file's array, voxel n spanning
+        [n, n + 1)."""
+        m = self.maps[number]
+        axes = [s * (np.arange(n) + 0.5) + o for s, o, n in zip(m.stride, m.offset, m.values.shape[1:])]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+        return self.image.to_file(grid.reshape(-1, 3)).reshape(grid.shape)
+
+    def on_image(self, number: int) -> np.ndarray:
+        """(*shape of the file's array, C) float32: map ``number`` interpolated at every voxel, 0 where nnU-Net cropped."""
+        return in_file_space(self.maps[number], self.image)
+
+
+def embed_image(network: Loaded, file: str | Path, taps: Sequence[int] | None = None, overlap: float = 0.5) -> Embedded:
+    """The features of an image file of any size, as ``nnUNetv2_cva embed`` computes them: preprocessed as the weights' plans say,
+    seen through windows of the network's own view that overlap by ``overlap``, on the device of ``network.network``.
+
+    ``taps``: which, 0 the finest, -1 the coarsest; all by default. Where a network has several channels, ``file`` is that of any
+    of them (``<case>_0000``...).
+
+    Raises:
+        ValueError: the image cannot be read or preprocessed; no such tap; the weights do not say how images are preprocessed.
+    """
+    of = frozen(network)
+    return embedded(find_image(str(file), of.channels), of, taps, overlap)
+
+
+def embedded(
+    found: FoundImage, network: Frozen, taps: Sequence[int] | None, overlap: float, tick: Callable[[], object] = lambda: None
+) -> Embedded:
+    """Preprocess an image and compute its maps. ``tick`` is called after every window.
+
+    Raises:
+        ValueError: the image cannot be read or preprocessed; there is no such tap.
+    """
+    wanted = check_taps(taps, network.taps)
+    image = preprocess(found, network)
+    maps = dense_maps(image.voxels.to(network.device), network.encode, network.taps, network.view, overlap, wanted, tick)
+    return Embedded(tuple(maps), image)
+
+
 def missing(images: Sequence[FoundImage], wanted: Wanted, network: Frozen) -> list[FoundImage]:
     """The images of which nothing, or not all, is there yet."""
     return [i for i in images if not all(f.is_file() for f in wanted.files(i.name, network))]
@@ -56,20 +109,24 @@ def embed(found: FoundImage, network: Frozen, wanted: Wanted, tick: Callable[[],
         ValueError: the image cannot be read or preprocessed; there is no such tap.
         OSError: it cannot be written.
     """
-    image = preprocess(found, network)
-    voxels = image.voxels.to(network.device)
     numbers = check_taps(wanted.taps, network.taps)
-    about = {"size": np.array(image.size), "spacing": np.array(image.spacing), "taps": np.array(numbers)}
-    (target, *_) = wanted.files(image.name, network)
+    (target, *_) = wanted.files(found.name, network)
     if wanted.level == "windows":
+        image = preprocess(found, network)
+        voxels = image.voxels.to(network.device)
         starts, vectors = window_vectors(voxels, network.encode, network.taps, network.view, wanted.overlap, numbers)
+        about = _about(image, numbers)
         _write_npz(target, vectors=vectors.numpy(), starts=starts.numpy(), view=np.array(network.view), **about)
         return
-    maps = dense_maps(voxels, network.encode, network.taps, network.view, wanted.overlap, numbers, tick)
+    features = embedded(found, network, numbers, wanted.overlap, tick)
     if wanted.level == "image":
-        _write_npz(target, vector=torch.cat([m.values.mean(dim=(1, 2, 3)) for m in maps]).cpu().numpy(), **about)
+        _write_npz(target, vector=features.vector, **_about(features.image, numbers))
     else:
-        _write_dense(maps, numbers, image, network, wanted, about)
+        _write_dense(features, numbers, network, wanted)
+
+
+def _about(image: Image, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    return {"size": np.array(image.size), "spacing": np.array(image.spacing), "taps": np.array(numbers)}
 
 
 def gather(images: Sequence[FoundImage], wanted: Wanted) -> None:
@@ -97,13 +154,12 @@ def in_file_space(m: DenseMap, image: Image) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(whole.transpose(0, *(1 + back)), 0, -1))
 
 
-def _write_dense(
-    maps: Sequence[DenseMap], numbers: Sequence[int], image: Image, network: Frozen, wanted: Wanted, about: dict[str, np.ndarray]
-) -> None:
+def _write_dense(features: Embedded, numbers: Sequence[int], network: Frozen, wanted: Wanted) -> None:
+    maps, image = features.maps, features.image
     if wanted.format == "npz":
         arrays = {f"tap{t}": m.values.cpu().numpy() for t, m in zip(numbers, maps)}
         places = {f"tap{t}_{what}": np.array(getattr(m, what)) for t, m in zip(numbers, maps) for what in ("stride", "offset")}
-        _write_npz(wanted.files(image.name, network)[0], **arrays, **places, **about)
+        _write_npz(wanted.files(image.name, network)[0], **arrays, **places, **_about(image, numbers))
         return
     for m, path in zip(maps, wanted.files(image.name, network), strict=True):
         if wanted.format == "b2nd":

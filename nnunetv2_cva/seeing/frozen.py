@@ -15,6 +15,9 @@ from nnunetv2_cva.transfer.card import NO_RESAMPLING, entry
 from nnunetv2_cva.transfer.network import Loaded, load_network, untrained_network
 
 Encode = Callable[[Tensor], list[Tensor]]
+# nnU-Net's ways to normalise an image by its own voxels alone; others use what the plans say of all images.
+BY_ITSELF = {"ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"}
+INTENSITIES, OF_ALL = "foreground_intensity_properties_per_channel", ("mean", "std", "percentile_00_5", "percentile_99_5")
 # Of a configuration, where plans of nnssl say less than nnU-Net's: nnU-Net's own values.
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 USUAL = {
@@ -39,19 +42,53 @@ LEFT: dict[str, Any] = {
 class Frozen:
     """An encoder and what it expects. ``encode``: views (N, C, *view) on ``device`` -> a map (N, C, cells) of every tap.
 
-    ``plans`` and ``configuration`` say how images are preprocessed for it, at ``spacing`` (mm along i, j, k); ``view`` is the
-    extent that it was trained with.
+    ``plans`` and ``configuration`` say how images are preprocessed for it, at ``spacing`` (mm along i, j, k; None where they keep
+    their own); ``view`` is the extent that it was trained with.
     """
 
     label: str
     encode: Encode
     taps: tuple[Tap, ...]
     view: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, float, float] | None
     channels: int
     plans: dict[str, Any]
     configuration: str
     device: torch.device
+
+
+def check_comparable(first: Frozen, other: Frozen, files: tuple[str, str], views: bool) -> None:
+    """Images are preprocessed once, for ``first``: ``other`` must expect the same. ``views``: and windows of the same extent.
+
+    Raises:
+        ValueError: it does not; says what differs. ``files``: the names of both.
+    """
+    wanted, found = _expected(first, views), _expected(other, views)
+    differing = [f"{k} {wanted[k]}, found {found[k]}" for k in wanted if wanted[k] != found[k]]
+    if differing:
+        raise ValueError(
+            f"{files[1]} expects other images than {files[0]}, for which they are preprocessed: expected {'; '.join(differing)}. "
+            "Features of images that a network was not trained for say nothing of it: look at each file by itself."
+        )
+
+
+def _expected(network: Frozen, views: bool) -> dict[str, Any]:
+    settings = network.plans["configurations"][network.configuration]
+    schemes = list(settings["normalization_schemes"])
+    intensities = {
+        str(c): {k: float(f"{v:.4g}") for k, v in network.plans[INTENSITIES].get(str(c), {}).items() if k in OF_ALL}
+        for c, scheme in enumerate(schemes)
+        if scheme not in BY_ITSELF
+    }
+    return {
+        "spacing": network.spacing or "of the image",
+        "channels": network.channels,
+        "axes": list(network.plans["transpose_forward"]),
+        "normalisation": schemes,
+        "normalisation within the mask": [bool(m) for m in settings["use_mask_for_norm"]],
+        "intensities": intensities,
+        **({"views": network.view} if views else {}),
+    }
 
 
 def load_frozen(file: str | Path, branch: str = "student", trust: bool = False, device: str = "cpu", label: str = "") -> Frozen:
@@ -60,7 +97,7 @@ def load_frozen(file: str | Path, branch: str = "student", trust: bool = False, 
     Raises:
         ValueError: as ``load_network``; or the file does not say how images are to be preprocessed for it.
     """
-    return _frozen(load_network(file, branch, trust), file, device, label or Path(file).stem)
+    return _frozen(load_network(file, branch, trust), str(file), device, label or Path(file).stem)
 
 
 def untrained(like: str | Path, trust: bool = False, device: str = "cpu", label: str = "untrained") -> Frozen:
@@ -69,11 +106,21 @@ def untrained(like: str | Path, trust: bool = False, device: str = "cpu", label:
     Raises:
         ValueError: as ``load_frozen``.
     """
-    return _frozen(untrained_network(like, trust), like, device, label)
+    return _frozen(untrained_network(like, trust), str(like), device, label)
 
 
-def _frozen(loaded: Loaded, file: str | Path, device: str, label: str) -> Frozen:
-    card, chosen = loaded.card, torch.device(device)
+def _frozen(loaded: Loaded, file: str, device: str, label: str) -> Frozen:
+    loaded.network.requires_grad_(False).to(device)
+    return frozen(loaded, file, label)
+
+
+def frozen(loaded: Loaded, file: str = "The file of this network", label: str = "") -> Frozen:
+    """A network that is loaded, where and as it is. ``file``: how errors call it.
+
+    Raises:
+        ValueError: its file does not say how images are to be preprocessed for it.
+    """
+    card, chosen = loaded.card, next(loaded.network.parameters()).device
     plans, name = entry(card, "plans"), card.get("configuration")
     settings = _usual(plans, name)
     spacing, view = (
@@ -86,18 +133,17 @@ def _frozen(loaded: Loaded, file: str | Path, device: str, label: str) -> Frozen
             f"normalisation and the patch_size of a 3D configuration, found spacing {list(spacing)}, normalisation {schemes}, "
             f"patch_size {list(view)}."
         )
-    intensities = entry(plans, "foreground_intensity_properties_per_channel")
+    intensities = entry(plans, INTENSITIES)
     plans = {
         **{"transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]},
         **plans,
-        "foreground_intensity_properties_per_channel": {str(c): intensities.get(str(c), {}) for c in range(len(schemes))},
+        INTENSITIES: {str(c): intensities.get(str(c), {}) for c in range(len(schemes))},
         "configurations": {name: settings},
     }
-    network = loaded.network.requires_grad_(False).to(chosen)
-    assert not network.training
     i, j, k = (int(n) for n in view)
     si, sj, sk = (float(s) for s in spacing)
-    return Frozen(label, loaded.maps, loaded.taps, (i, j, k), (si, sj, sk), len(schemes), plans, name, chosen)
+    grid = None if settings.get("resampling_fn_data") == NO_RESAMPLING else (si, sj, sk)
+    return Frozen(label, loaded.maps, loaded.taps, (i, j, k), grid, len(schemes), plans, name, chosen)
 
 
 def _usual(plans: dict[str, Any], name: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -59,6 +60,10 @@ class Image:
         found[:, list(self.order)] = np.asarray(points, float) / scale + begin
         return found
 
+    def voxel(self, point: np.ndarray) -> str:
+        """The voxel of the file's array in which a point (3,) of ``voxels`` lies, as text."""
+        return " ".join(str(int(n)) for n in np.floor(self.to_file(np.asarray(point)[None])[0] + 1e-6))
+
     def _crop(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the crop begins in the file's voxels (axes in network order), and preprocessed voxels per voxel of the file."""
         if not self.properties:
@@ -83,6 +88,21 @@ def find_images(given: Sequence[str], channels: int) -> list[FoundImage]:
             expected = f"{channels} files {name}_0000, ..." if channels > 1 else "one file"
             raise ValueError(f"Image {name}: expected {expected}, as the network has {channels} channel(s), found {group}.")
     return [FoundImage(name, tuple(sorted(group))) for name, group in groups.items()]
+
+
+def find_image(file: str, channels: int) -> FoundImage:
+    """The image of a file; of networks of several channels the file of any of them, the others lie beside it.
+
+    Raises:
+        ValueError: as ``find_images``.
+    """
+    path = Path(file)
+    if channels == 1 or not path.is_file():
+        return find_images([file], channels)[0]
+    ending = ending_of(path.name) or ""
+    case = CHANNEL.sub("", path.name.removesuffix(ending))
+    beside = sorted(path.parent.glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9]{glob.escape(ending)}"))
+    return find_images([str(f) for f in beside] or [file], channels)[0]
 
 
 def _files(path: Path) -> list[str]:
@@ -127,7 +147,8 @@ def preprocess(found: FoundImage, network: Frozen, labels: str | Path | None = N
     i, j, k = plans.transpose_forward
     kept = None if labels is None else np.maximum(seg[0], 0).astype(np.int16)
     voxels = torch.from_numpy(np.ascontiguousarray(data, np.float32))
-    return Image(found.name, voxels, network.spacing, properties, (i, j, k), kept)
+    si, sj, sk = network.spacing or (float(properties["spacing"][a]) for a in (i, j, k))
+    return Image(found.name, voxels, (si, sj, sk), properties, (i, j, k), kept)
 
 
 def body(voxels: Tensor) -> Tensor:

@@ -18,6 +18,13 @@ function cellOf(point, image, bins) {
   return (index[0] * bins[1] + index[1]) * bins[2] + index[2];
 }
 
+// The voxel of the image's file, in the order of its array's axes, in which a point lies.
+function voxelOf(point, image) {
+  const { begin, step, order } = image.file, voxel = [0, 0, 0];
+  point.forEach((p, a) => { voxel[order[a]] = Math.floor(begin[order[a]] + p * step[order[a]]); });
+  return "voxel " + voxel.join(" ");
+}
+
 // Similarity of every cell of d to cell q of the first image, and the place of the best one in the body.
 function search(network, target) {
   const source = network.images[0], d = network.images[target], dims = network.dims;
@@ -131,13 +138,13 @@ function build() {
 
 function show() {
   for (const { network, number, caption, canvas } of shown) {
-    const name = LOOK.images[number].name;
+    const image = LOOK.images[number];
     if (number === 0) {
-      caption.textContent = name + ", voxel " + state.point.map(p => Math.floor(p)).join(" ");
+      caption.textContent = image.name + ", " + voxelOf(state.point, image);
       draw(canvas, 0, network, state.point, null);
     } else {
       const found = search(network, number);
-      caption.textContent = name + ", similarity " + found.similarity.toFixed(2) + ", voxel " + found.place.map(p => Math.floor(p)).join(" ");
+      caption.textContent = image.name + ", similarity " + found.similarity.toFixed(2) + ", " + voxelOf(found.place, image);
       draw(canvas, number, network, found.place, stretch(found.heat));
     }
   }

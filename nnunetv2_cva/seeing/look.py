@@ -98,10 +98,12 @@ def _match_rows(found: Look) -> Rows:
     rows: Rows = []
     for p, point in enumerate(found.points):
         for name, each in found.matches.items():
-            tiles = [(_marked(found.images[0], greys[0], point, None, POINT), f"point {p + 1}, {name}")]
+            first = found.images[0]
+            tiles = [(_marked(first, greys[0], point, None, POINT), f"point {p + 1}, voxel {first.voxel(point)}, {name}")]
             for image, grey, m in list(zip(found.images, greys, each, strict=True))[1:]:
                 assert m is not None
-                tiles.append((_marked(image, grey, m.places[p], m.heat[p], FOUND), f"similarity {m.best[p]:.2f}"))
+                said = f"similarity {m.best[p]:.2f}, voxel {image.voxel(m.places[p])}"
+                tiles.append((_marked(image, grey, m.places[p], m.heat[p], FOUND), said))
             rows.append((name, tiles))
     return rows
 

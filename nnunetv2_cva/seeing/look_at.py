@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunetv2_cva.seeing.describe import by_intensity, by_position
-from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
+from nnunetv2_cva.datasets.tables import decoded
+from nnunetv2_cva.files import write_json
+from nnunetv2_cva.seeing.frozen import Frozen, check_comparable, load_frozen, untrained
 from nnunetv2_cva.seeing.images import Image, find_images, preprocess
 from nnunetv2_cva.seeing.labelled import labelled_cases
 from nnunetv2_cva.seeing.look import Look, look, picture
 from nnunetv2_cva.seeing.look_page import write_look
-from nnunetv2_cva.seeing.matches import errors_mm
-from nnunetv2_cva.seeing.propagation import mean_and_interval, means, one_shot
+from nnunetv2_cva.seeing.look_tables import tables
 from nnunetv2_cva.seeing.requests import LookRequest, Progress, counting, device_of
 
-PICTURE, PAGE = "look.png", "look.html"
+PICTURE, PAGE, NUMBERS = "look.png", "look.html", "look.json"
 CASES = 4  # of a target that nobody chose from
 POOL = 12  # cases that windows are drawn from
-Table = tuple[str, list[str], list[list[Any]]]
 
 
 def look_at(request: LookRequest, progress: Progress) -> list[str]:
-    """Write picture and page. Returns what there is to say: with labels the tables, too.
+    """Write picture, page and numbers. Returns what there is to say: with labels the tables, too.
 
     Raises:
         ValueError: images, labels, points or weights that cannot be read or do not fit together.
     """
-
     networks = _networks(request)
     first = next(iter(networks.values()))
     labels: dict[str, int] = {}
@@ -46,13 +45,37 @@ def look_at(request: LookRequest, progress: Progress) -> list[str]:
     points = _points(request.points, images[0]) if request.points and images else request.count
     tick = counting(progress, "Features of images", len(images) * len(networks))
     found = look(images, networks, points, tick)
-    tables = [_errors(found, labels), _carried(pool, networks, labels, request.pairs, progress)] if labels else []
+    told = []
+    if labels:
+        tick = counting(progress, "Carrying labels", request.pairs)
+        told = tables(found, networks, labels, pool, request.pairs, tick)
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     picture(found, output / PICTURE)
-    write_look(found, output / PAGE, tables)
-    said = [line for title, header, rows in tables for line in _lines(title, header, rows)]
-    return [*said, f"Wrote {output / PICTURE} and {PAGE}, which needs nothing but a browser."]
+    write_look(found, output / PAGE, told)
+    write_json(output / NUMBERS, {**_places(found), "tables": [dict(zip(("title", "header", "rows"), t)) for t in told]})
+    said = [line for title, header, rows in told for line in _lines(title, header, rows)]
+    return [*said, f"Wrote {output / PICTURE}, {NUMBERS} and {PAGE}, which needs nothing but a browser."]
+
+
+def _places(found: Look) -> dict[str, Any]:
+    """Points and matches in voxels of the files' arrays, as points are given: voxel n spans [n - 0.5, n + 0.5)."""
+
+    def of(image: Image, points: np.ndarray) -> list[list[float]]:
+        return (image.to_file(points) - 0.5).round(2).tolist()
+
+    matches = [
+        {
+            "network": name,
+            "image": image.name,
+            "places": of(image, m.places),
+            "similarity": m.best.astype(float).round(4).tolist(),
+        }
+        for name, each in found.matches.items()
+        for image, m in zip(found.images, each, strict=True)
+        if m is not None
+    ]
+    return {"image": found.images[0].name, "points": of(found.images[0], found.points), "matches": matches}
 
 
 def _networks(request: LookRequest) -> dict[str, Frozen]:
@@ -61,25 +84,21 @@ def _networks(request: LookRequest) -> dict[str, Frozen]:
     Raises:
         ValueError: ``against`` wants other images than the first.
     """
-
     device = device_of(request.device)
     networks = {"trained": load_frozen(request.weights, request.branch, request.trust, device, "trained")}
     networks["untrained"] = untrained(request.weights, request.trust, device)
     if request.against:
         networks["against"] = load_frozen(request.against, request.branch, request.trust, device, "against")
-        a, b = networks["trained"], networks["against"]
-        if (a.spacing, a.channels) != (b.spacing, b.channels):
-            raise ValueError(
-                f"`against={request.against}`: expected spacing {a.spacing} and {a.channels} channel(s), as "
-                f"{request.weights} has, found {b.spacing} and {b.channels}."
-            )
+        windows = request.target is not None  # which are of one view for all
+        check_comparable(networks["trained"], networks["against"], (request.weights, request.against), windows)
     return networks
 
 
 def _points(path: str, image: Image) -> np.ndarray:
     """(P, 3) in voxels of the preprocessed image."""
     try:
-        rows = [line.replace(",", " ").split() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = decoded(Path(path).read_bytes()).splitlines()
+        rows = [re.split(r"[,;\s]+", line.strip(" ,;\t")) for line in lines if line.strip()]
         rows = rows[1:] if rows and not rows[0][0].lstrip("-")[:1].isdigit() else rows  # a header
         values = np.array([[float(v) for v in row] for row in rows]).reshape(-1, 3)
     except (OSError, ValueError) as e:
@@ -87,46 +106,6 @@ def _points(path: str, image: Image) -> np.ndarray:
     if not len(values):
         raise ValueError(f"`points={path}`: expected three numbers i,j,k a line, found none.")
     return image.from_file(values + 0.5)
-
-
-def _errors(found: Look, labels: dict[str, int]) -> Table:
-
-    bins = [d.bins for d in next(iter(found.described.values()))]
-    rows: dict[str, Any] = {
-        "same relative position": [by_position(i, b) for i, b in zip(found.images, bins)],
-        "intensity": [by_intensity(i, b) for i, b in zip(found.images, bins)],
-        **found.described,
-    }
-    listed = []
-    for kind, each in errors_mm(found.images, rows, list(labels.values())).items():
-        mean, half = mean_and_interval(each)
-        listed.append([kind, f"{mean:.1f} ± {half:.1f}", len(each)])
-    return (
-        f"Centroids of labels of {found.images[0].name} found in the others: distance to the label's centroid there, mm",
-        ["by", "mean, 95 % interval", "centroids"],
-        listed,
-    )
-
-
-def _carried(pool: list[Image], networks: dict[str, Frozen], labels: dict[str, int], pairs: int, progress: Progress) -> Table:
-
-    tick = counting(progress, "Carrying labels", pairs)
-    found = one_shot(pool, networks, list(labels.values()), pairs, tick=tick)
-    rows = []
-    for row, (mean, half) in means(found).items():
-        each = np.array([c.dice for c in found if c.row == row])
-        rows.append([row, f"{mean:.3f} ± {half:.3f}", *(_mean(d) for d in each.T)])
-    return (
-        f"Labels of a random window carried to a random window of another case by nearest features, {pairs} pairs: Dice",
-        ["by", "mean, 95 % interval", *labels],
-        rows,
-    )
-
-
-def _mean(values: np.ndarray) -> str:
-    """Of what is known; nothing where no window shows the label."""
-    known = values[values == values]
-    return f"{known.mean():.3f}" if len(known) else "-"
 
 
 def _lines(title: str, header: list[str], rows: list[list[Any]]) -> list[str]:

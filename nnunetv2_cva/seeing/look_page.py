@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.functional import normalize
 
 from nnunetv2_cva.files import write_text
 from nnunetv2_cva.seeing import slices
 from nnunetv2_cva.seeing.dense import DenseMap, on_grid
-from nnunetv2_cva.seeing.describe import Described, cells
+from nnunetv2_cva.seeing.describe import cells, coarser
+from nnunetv2_cva.seeing.images import Image
 from nnunetv2_cva.seeing.look import Look, reduced
 from nnunetv2_cva.seeing.matches import colours, regions
 from nnunetv2_cva.seeing.page import data, page, table
@@ -46,19 +45,20 @@ def content(found: Look) -> dict[str, Any]:
     images = []
     for image in found.images:
         bins = cells(image.size, MOST_VOXELS)
-        grey = on_grid([_map(image.voxels[:1], image.size)], bins)[0].numpy()
+        grey = on_grid([DenseMap(image.voxels[:1], (1, 1, 1), (0.0, 0.0, 0.0), image.size)], bins)[0].numpy()
         images.append(
             {
                 "name": image.name,
                 "size": list(image.size),
                 "spacing": list(image.spacing),
+                "file": _to_file(image),
                 "bins": list(bins),
                 "grey": slices.packed(slices.windowed(grey)),
             }
         )
     networks = []
     for name, described in found.described.items():
-        coarse = [_coarser(d) for d in described]
+        coarse = [coarser(d, MOST_CELLS) for d in described]
         rows, scale, kept = reduced(coarse)
         networks.append(
             {
@@ -81,13 +81,7 @@ def content(found: Look) -> dict[str, Any]:
     return {"images": images, "networks": networks, "point": found.points[0].tolist(), "palette": slices.PALETTE.tolist()}
 
 
-def _coarser(described: Described) -> Described:
-    bins = cells(described.size, MOST_CELLS)
-    rows = on_grid([_map(described.rows.T.reshape(-1, *described.bins), described.bins)], bins).flatten(1).T
-    body = on_grid([_map(described.body.float().reshape(1, *described.bins), described.bins)], bins).flatten() > 0.5
-    return Described(normalize(rows, dim=1), bins, described.size, described.spacing, body)
-
-
-def _map(values: torch.Tensor, size: Sequence[int]) -> DenseMap:
-    i, j, k = size
-    return DenseMap(values, (1, 1, 1), (0.0, 0.0, 0.0), (i, j, k))
+def _to_file(image: Image) -> dict[str, list]:
+    """Preprocessed coordinate p of axis a is ``begin + p * step`` on axis ``order[a]`` of the file's array."""
+    begin, one = image.to_file(np.array([[0.0] * 3, [1.0] * 3]))
+    return {"begin": begin.tolist(), "step": (one - begin).tolist(), "order": list(image.order)}

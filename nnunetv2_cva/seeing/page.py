@@ -20,7 +20,10 @@ pre { overflow-x: auto; padding: .6rem; background: #8882; }
 td:nth-child(5) { min-width: 12rem; }  /* the meaning of a metric: on a phone it is scrolled to, not squeezed */
 .verdict { padding: .6rem .9rem; border-left: .4rem solid #888; background: #8882; }
 .LEARNING { border-color: #2a8; } .PLATEAU { border-color: #28a; } .COLLAPSING, .COLLAPSED { border-color: #c33; }
-@media print { body { max-width: none; } h2 { break-after: avoid; } img, table, pre { break-inside: avoid; } }
+@media print {  /* nothing scrolls on paper, and a picture is not cut by the end of a page */
+  body { max-width: none; } h2, h2 + p { break-after: avoid; } img, canvas, tr, pre { break-inside: avoid; }
+  img { max-height: 85vh; } .wide, pre { overflow: visible; } pre { white-space: pre-wrap; } td:nth-child(5) { min-width: 0; }
+}
 """
 
 

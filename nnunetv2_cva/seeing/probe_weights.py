@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nnunetv2_cva.datasets.tables import read_table
 from nnunetv2_cva.files import written_whole
-from nnunetv2_cva.seeing.dense import dense_maps
-from nnunetv2_cva.seeing.frozen import Frozen, load_frozen, untrained
-from nnunetv2_cva.seeing.images import FoundImage, preprocess
+from nnunetv2_cva.seeing.dense import dense_maps, mean_vector
+from nnunetv2_cva.seeing.frozen import Frozen, check_comparable, load_frozen, untrained
+from nnunetv2_cva.seeing.images import find_image, preprocess
 from nnunetv2_cva.seeing.labelled import labelled_cases
 from nnunetv2_cva.seeing.probing import probe_images, probe_voxels
 from nnunetv2_cva.seeing.propagation import mean_and_interval
@@ -52,17 +51,12 @@ def _networks(request: ProbeRequest) -> dict[str, Frozen]:
     Raises:
         ValueError: a file's network wants other images or windows than the first one's.
     """
-
     device, names = device_of(request.device), _names([name_of(w) for w in request.weights])
     found = {"untrained": untrained(request.weights[0], request.trust, device)}
     first = found["untrained"]
     for name, path in zip(names, request.weights):
         network = load_frozen(path, request.branch, request.trust, device, name)
-        if (network.spacing, network.channels, network.view) != (first.spacing, first.channels, first.view):
-            raise ValueError(
-                f"{path}: expected spacing {first.spacing}, {first.channels} channel(s) and views of {first.view}, as "
-                f"{request.weights[0]} has, found {network.spacing}, {network.channels} and {network.view}."
-            )
+        check_comparable(first, network, (request.weights[0], path), views=True)
         found[name] = network
     return found
 
@@ -99,17 +93,14 @@ def _images(request: ProbeRequest, networks: dict[str, Frozen], progress: Progre
     assert request.csv is not None
     paths, labels, subjects = _read(Path(request.csv))
     first = networks["untrained"]
-    if first.channels != 1:
-        raise ValueError(f"`csv` names one file an image, but the network has {first.channels} channels.")
     vectors: dict[str, list[Any]] = {"intensity": [], **{name: [] for name in networks}}
     tick = counting(progress, "Embedding", len(paths) * len(networks))
-    for path in paths:
-        image = preprocess(FoundImage(Path(path).name, (path,)), first)
-        values = image.voxels[0].flatten()
-        vectors["intensity"].append(np.percentile(values.numpy(), np.arange(5, 100, 10)))
+    for found in [find_image(p, first.channels) for p in paths]:  # all are found before any is read
+        image = preprocess(found, first)
+        vectors["intensity"].append(np.percentile(image.voxels.flatten(1).numpy(), np.arange(5, 100, 10), axis=1).T.flatten())
         for name, network in networks.items():
             maps = dense_maps(image.voxels.to(network.device), network.encode, network.taps, network.view, 0.25)
-            vectors[name].append(torch.cat([m.values.mean(dim=(1, 2, 3)) for m in maps]).cpu().numpy())
+            vectors[name].append(mean_vector(maps))
             tick()
     scores: Scores = {}
     for name, each in vectors.items():

@@ -1,4 +1,4 @@
-"""One-shot label propagation: the labels of one image carried to another by nearest descriptions, on random windows.
+"""One-shot label propagation: the labels of one image carried to others by nearest descriptions, whole or on random windows.
 
 On whole images that are centred alike, position alone carries most labels. Where a window was cut out at random, it says little.
 """
@@ -24,8 +24,8 @@ LEAST_VOXELS = 30  # labelled ones that a window shows
 
 @dataclass(frozen=True)
 class Carried:
-    """Labels of a window of ``source`` carried to one of ``target`` by ``row``: ``dice`` of every label, NaN where neither the
-    result nor the truth has it."""
+    """Labels of ``source``, or of a window of it, carried to ``target`` by ``row``: ``dice`` of every label, NaN where
+    neither the result nor the truth has it."""
 
     source: str
     target: str
@@ -48,6 +48,19 @@ def labels_on(labels: np.ndarray, bins: Sequence[int]) -> Tensor:
     """(R,): the label of the voxel in which each cell's centre lies."""
     index = np.ix_(*[((np.arange(b) + 0.5) * n / b).astype(int) for b, n in zip(bins, labels.shape)])
     return torch.from_numpy(labels[index].reshape(-1).astype(np.int64))
+
+
+def from_first(images: Sequence[Image], described: Mapping[str, Sequence[Described]], labels: Sequence[int]) -> list[Carried]:
+    """The labels of the first image carried to each of the others, all of them whole, by every kind of description. Labels are
+    read, and compared, at the centres of the descriptions' cells."""
+    found = []
+    for number, image in enumerate(images[1:], 1):
+        for row, each in described.items():
+            assert images[0].labels is not None and image.labels is not None
+            result = carry(each[0], labels_on(images[0].labels, each[0].bins), each[number])
+            truth = labels_on(image.labels, each[number].bins)
+            found.append(Carried(images[0].name, image.name, row, dice(result.numpy(), truth.numpy(), labels)))
+    return found
 
 
 def one_shot(

@@ -9,56 +9,54 @@ from typing import Literal
 Progress = Callable[[str, int, int], object]  # what is done, how many of it, of how many
 
 
-@dataclass(frozen=True)
-class EmbedRequest:
+@dataclass(frozen=True, kw_only=True)
+class OfWeights:
+    """Of every command: where its files go, which of the weights it reads, whether it trusts their file, where it computes."""
+
+    output: str
+    branch: str = "student"
+    trust: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest(OfWeights):
     """``level``, ``taps``, ``format`` and ``overlap``: see ``embedding.Wanted``; ``part`` of ``parts``, counted from 0."""
 
     weights: str
     images: tuple[str, ...]
-    output: str
     level: Literal["image", "windows", "dense"] = "image"
     taps: tuple[int, ...] | None = None
     format: Literal["npz", "b2nd", "nifti"] = "npz"
     overlap: float = 0.5
     part: int = 0
     parts: int = 1
-    branch: str = "student"
-    trust: bool = False
-    device: str | None = None
 
 
-@dataclass(frozen=True)
-class LookRequest:
+@dataclass(frozen=True, kw_only=True)
+class LookRequest(OfWeights):
     """``images``: files, or with ``target``, a labelled dataset, names of its cases; ``points``: a file of them, else ``count``
     are chosen; ``against``: a second file of weights."""
 
     weights: str
     images: tuple[str, ...]
-    output: str
     points: str | None = None
     count: int = 4
     target: str | None = None
     against: str | None = None
     pairs: int = 20
-    branch: str = "student"
-    trust: bool = False
-    device: str | None = None
 
 
-@dataclass(frozen=True)
-class ProbeRequest:
+@dataclass(frozen=True, kw_only=True)
+class ProbeRequest(OfWeights):
     """Of voxels of the labelled ``dataset``, or of the images that ``csv`` names."""
 
     weights: tuple[str, ...]
-    output: str
     dataset: str | None = None
     labelled: int = 4
     csv: str | None = None
     seeds: int = 5
     folds: int = 5
-    branch: str = "student"
-    trust: bool = False
-    device: str | None = None
 
 
 def device_of(asked: str | None) -> str:

@@ -22,42 +22,58 @@ ADDS_UP = 1e-3  # of the total
 def draw_curves(epochs: Sequence[dict[str, Any]], config: CVAConfig, path: Path) -> None:
     """Draw the panels of the table of metrics for ``epochs``, of which there is at least one; ``config``: of their run.
 
-    Every axis but the learning rate's begins at 0, or lower where the values do: noise does not look like a collapse.
+    Every axis but the learning rate's begins at 0, or lower where the values do: noise does not look like a collapse. The style
+    is matplotlib's own, as nnU-Net's plots leave seaborn's large fonts behind.
 
     Raises:
         OSError: the picture cannot be written.
     """
+    from matplotlib import rc_context, rcdefaults
+
+    with rc_context():
+        rcdefaults()
+        figure = _figure(epochs, config)
+        with written_whole(path) as partial:
+            figure.savefig(partial, dpi=100, format="png")
+
+
+def _figure(epochs: Sequence[dict[str, Any]], config: CVAConfig) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     shown = panels(epochs[-1])
     rows = -(-len(shown) // 2)
-    figure = Figure(figsize=(13, 3.3 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.6 * rows + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(rows, 2, squeeze=False).flat, shown.items()):
-        if title == PARTS:
-            _parts(axes, epochs, config)
-        else:
-            _lines(axes, epochs, names)
-        if title == SHARES and config.needs_second_view:
-            axes.axhspan(*config.overlap, color="tab:blue", alpha=0.12, lw=0, label="overlap that is drawn")
-        lowest = min(0.0, *(float(np.min(line.get_ydata())) for line in axes.lines)) if axes.lines else 0.0
-        axes.set(title=title, xlabel="epoch")
-        if title == SHARES:
-            axes.set_ylim(0, 1)
-        elif title != RATE:
-            axes.set_ylim(bottom=lowest * 1.05)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(-0.5, max(e["epoch"] for e in epochs) + 0.5)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small", framealpha=0.7)
+        draw_panel(axes, title, names, epochs, config)
     found = verdict(epochs)
     words = f"{found.state} after {epochs[-1]['epoch'] + 1} epochs: {found.reason}"
     figure.suptitle("\n".join(textwrap.wrap(words, 110)), color=COLOURS[found.state])
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
+    return figure
+
+
+def draw_panel(axes: Any, title: str, names: Sequence[str], epochs: Sequence[dict[str, Any]], config: CVAConfig) -> None:
+    """One of the panels of ``metrics.panels`` into ``axes`` of matplotlib. The legend lies below, where it hides no curve."""
+    from matplotlib.ticker import MaxNLocator
+
+    if title == PARTS:
+        _parts(axes, epochs, config)
+    else:
+        _lines(axes, epochs, names)
+    if title == SHARES and config.needs_second_view:
+        axes.axhspan(*config.overlap, color="tab:blue", alpha=0.12, lw=0, label="overlap that is drawn")
+    lowest = min(0.0, *(float(np.min(line.get_ydata())) for line in axes.lines)) if axes.lines else 0.0
+    axes.set(title=title, xlabel="epoch")
+    if title == SHARES:
+        axes.set_ylim(0, 1)
+    elif title != RATE:
+        axes.set_ylim(bottom=lowest * 1.05)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.5, max(e["epoch"] for e in epochs) + 0.5)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False)
 
 
 def _points(epochs: Sequence[dict[str, Any]], name: str, weight: float = 1.0) -> tuple[list[int], list[float]]:

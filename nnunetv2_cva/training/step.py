@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.training.checkpoint import Run
 from nnunetv2_cva.training.objective import Objective, Prepared, objective
+
+# Convolutions keep the memory format of what they are given. (Where inductor chooses, it expects of a transposed convolution's
+# gradient a format that cuDNN does not return, and Primus's first step fails.)
+COMPILE: dict[str, Any] = {"layout_optimization": False}
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,13 @@ class _Branches:
     student: Callable[..., dict[str, Tensor]]
     teacher: Callable[..., dict[str, Tensor]] | None
 
-    def compiled(self) -> _Branches:
-        return _Branches(torch.compile(self.student), None if self.teacher is None else torch.compile(self.teacher))
+    def compiled(self) -> Iterator[tuple[_Branches, str]]:
+        """What to try, in this order, and what is not compiled then."""
+        teacher = None if self.teacher is None else torch.compile(self.teacher, options=COMPILE)
+        yield _Branches(torch.compile(self.student, options=COMPILE), teacher), ""
+        if teacher is not None:  # it has no backward pass that could fail
+            yield _Branches(self.student, teacher), " for the student"
+        yield self, ""
 
 
 class TrainingStep:
@@ -31,9 +41,9 @@ class TrainingStep:
 
     ``student``: the run's student as it is called, wrapped where there are several GPUs. ``cases``: of every rank's part of a
     step. ``compiled``: both branches under ``torch.compile``; ``say`` gets a line with the seconds that the first step took. When
-    that step fails, forward or backward, the line says why and the step is done again without; running out of GPU memory is not
-    the compiler's fault and is raised. ``compute``: the recipe's objective. ``attention``: what forward and
-    backward run in.
+    that step fails, forward or backward, a line says why and it is done again, the student not compiled, and if need be the
+    teacher neither; running out of GPU memory is not the compiler's fault and is raised. ``compute``: the recipe's objective.
+    ``attention``: what forward and backward run in.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class TrainingStep:
         self.run, self.config, self.cases, self.autocast, self.say = run, config, cases, autocast, say
         self.attention = attention
         self._plain = _Branches(student, run.teacher)
-        self._branches = self._plain.compiled() if compiled else self._plain
+        self._branches = self._plain
         self._unproven = compiled
         self._scale = 0.0 if run.scaler is None else run.scaler.get_scale()  # asking again waits for the device
 
@@ -79,20 +89,26 @@ class TrainingStep:
 
     def _first_gradients(self, batch: Prepared) -> dict[str, Tensor]:
         self._unproven = False
-        began = perf_counter()
-        try:
-            losses = self._gradients(batch)
-            self.say(f"The first step took {perf_counter() - began:.1f} s, torch.compile included.")
-            return losses
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as e:
-            self._branches = self._plain
-            losses = self._gradients(batch)  # fails in the same way when compiling was not to blame
-            e = getattr(e, "inner_exception", e)  # torch wraps what a backend raises
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            self.say(f"Going on without torch.compile, which failed: {reason} (nnUNet_compile=0 switches it off)")
-            return losses
+        reason = ""
+        for branches, where in self._plain.compiled():
+            self._branches = branches
+            if reason:
+                self.say(f"Going on without torch.compile{where}, which failed: {reason} (nnUNet_compile=0 switches it off)")
+            began = perf_counter()
+            try:
+                losses = self._gradients(batch)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as e:
+                if branches is self._plain:
+                    raise  # compiling was not to blame
+                inner = getattr(e, "inner_exception", e)  # torch wraps what a backend raises
+                reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
+            else:
+                if branches is not self._plain:
+                    self.say(f"The first step took {perf_counter() - began:.1f} s, torch.compile included.")
+                return losses
+        raise AssertionError("the last way returns or raises")
 
     def _update(self, total: Tensor) -> tuple[bool, Tensor]:
         """Clip and step. Returns whether the weights may have moved, and 1.0 where the batch's loss or gradient was not finite,

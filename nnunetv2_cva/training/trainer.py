@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.datasets.destination import check_made_for
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
@@ -130,6 +132,7 @@ class CVATrainer(LastingRun):
         """Build the network with nnU-Net's code, and around it what pretraining needs."""
         assert not self.was_initialized, "initialize() is called once"
         open_cases(self.preprocessed_dataset_folder)
+        check_made_for(Path(self.preprocessed_dataset_folder), self.plans_manager.plans, self.configuration_name)
         self.dataset_class = IndexedDataset
         torch.manual_seed(self.config.seed)
         try:

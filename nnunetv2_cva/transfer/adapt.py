@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_cva.model.families import layout_of
-from nnunetv2_cva.model.family import Layout, Names, Role
+from nnunetv2_cva.model.naming import Layout, Names, Role
 from nnunetv2_cva.sizes import by
-from nnunetv2_cva.transfer.names import same
 from nnunetv2_cva.transfer.read import Source
+from nnunetv2_cva.transfer.renaming import same
 from nnunetv2_cva.transfer.resize import resized, token_grid
 from nnunetv2_cva.transfer.weights import NeedsOption
 
@@ -67,6 +67,10 @@ class Transfer:
         return f"{self.source.path} fills {what} ({causes})"
 
 
+class OtherFamily(ValueError):
+    """The file holds a network of another kind than the target's."""
+
+
 def match(
     source: Source,
     network: nn.Module,
@@ -82,7 +86,8 @@ def match(
     ``images``: which of the target's input channels are images; None: all.
 
     Raises:
-        ValueError: another architecture family, a stale alias in the file, or a position embedding of unknown grid.
+        OtherFamily: of another kind than the target.
+        ValueError: a stale alias in the file, or a position embedding of unknown grid.
     """
     state = network.state_dict(keep_vars=True)
     target = layout_of(state, source.layout.family)
@@ -210,7 +215,8 @@ class _Found:
 def _check_family(source: Source, target: Layout) -> None:
     ours, theirs = source.layout.family, target.family
     if ours != theirs and not (ours.kin and ours.kin == theirs.kin):
-        raise ValueError(f"{source.path} holds a {ours.name}, the target is a {theirs.name}: nothing of one fits into the other.")
+        found = f"{source.path} holds a {ours.name}, the target is a {theirs.name}"
+        raise OtherFamily(f"{found}: nothing of one fits into the other.")
 
 
 def _grids(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nnunetv2_cva.nnunet import TOKEN
 from nnunetv2_cva.sizes import by
 from nnunetv2_cva.transfer.card import entry, plain
 
@@ -31,7 +32,6 @@ RESENC_L = {
 IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
 PRIMUS_SIZES = {(396, 12, 6): "PrimusS", (792, 12, 12): "PrimusB", (864, 16, 12): "PrimusM", (1056, 24, 16): "PrimusL"}
 DYNAMIC = ("ResidualEncoderUNet", "PlainConvUNet")
-TOKEN = (8, 8, 8)
 HEAD_WIDTHS = (66, 72)
 _HOME = "dynamic_network_architectures.architectures"
 PRIMUS = f"{_HOME}.primus.Primus"

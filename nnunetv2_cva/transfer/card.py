@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_cva import __version__, nnunet
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.transfer.licence import chosen, terms
 
 NO_RESAMPLING = "no_resampling_hack"  # nnU-Net's name for leaving images at their spacing

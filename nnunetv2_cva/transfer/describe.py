@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_cva.model.family import UNKNOWN, Names
+from nnunetv2_cva.model.naming import UNKNOWN, Names
 from nnunetv2_cva.transfer.card import entry, plain
 from nnunetv2_cva.transfer.licence import NOT_STATED
 from nnunetv2_cva.transfer.read import Source, read

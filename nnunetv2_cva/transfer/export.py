@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from nnunetv2_cva.transfer.adapt import Transfer, fill, match, stock_obstacle
+from nnunetv2_cva.model.families import layout_of
+from nnunetv2_cva.transfer.adapt import OtherFamily, Transfer, fill, match, stock_obstacle
 from nnunetv2_cva.transfer.licence import chosen, reminders
 from nnunetv2_cva.transfer.nnssl import adaptation_plan, filled_with_itself, own_target, write_for_nnssl
 from nnunetv2_cva.transfer.plans import same_plans, write_plans
@@ -174,8 +175,12 @@ def _matched(
     source = _source(weights, output)
     target = find_target(place.dataset, place.configuration, place.plans, place.trainer)
     network = target.build()
-    transfer = match(source, network, target.view, weights.decoder, place.source_view, target.images)
-    advice = same_plans(transfer, target)
+    try:
+        transfer = match(source, network, target.view, weights.decoder, place.source_view, target.images)
+    except OtherFamily as e:
+        advice = same_plans(source, layout_of(network.state_dict(), source.layout.family), target)
+        raise OtherFamily(f"{e} {advice}." if advice else str(e)) from None
+    advice = same_plans(source, transfer.target, target)
     warnings = [*data_warnings(source.card, target.settings, target.dataset_json), *reminders(source.card.get("licence"))]
     lines = [*_header(source, "Target", target), *table(transfer), *([f"Note: {advice}."] if advice else [])]
     return source, target, network, transfer, (*lines, *(f"Warning: {w}." for w in warnings)), advice

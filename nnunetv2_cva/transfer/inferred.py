@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_cva.model.families import PRIMUS_V1, RESIDUAL
-from nnunetv2_cva.model.family import Layout
+from nnunetv2_cva.model.naming import Layout
 from nnunetv2_cva.transfer.architectures import DYNAMIC, RESENC_L
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunetv2_cva.model.branches import backbone_class
 from nnunetv2_cva.model.families import FAMILIES
-from nnunetv2_cva.model.family import Names
+from nnunetv2_cva.model.naming import Names
 from nnunetv2_cva.model.taps import Tap
 from nnunetv2_cva.transfer.adapt import fill, match
 from nnunetv2_cva.transfer.architectures import built

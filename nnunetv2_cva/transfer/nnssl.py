@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_cva.nnunet import TOKEN
 from nnunetv2_cva.transfer.adapt import Transfer, fill, match
-from nnunetv2_cva.transfer.architectures import TOKEN, built, named
+from nnunetv2_cva.transfer.architectures import built, named
 from nnunetv2_cva.transfer.card import NO_RESAMPLING, completed, plain
 from nnunetv2_cva.transfer.read import Source
 from nnunetv2_cva.transfer.resize import token_grid

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2_cva import nnunet
 from nnunetv2_cva.files import read_object, write_json
-from nnunetv2_cva.transfer.adapt import Transfer
+from nnunetv2_cva.model.naming import Layout
 from nnunetv2_cva.transfer.architectures import importable, in_plans
 from nnunetv2_cva.transfer.card import entry, settings
 from nnunetv2_cva.transfer.read import Source
@@ -21,19 +21,20 @@ _NETWORK_AND_GRID = ("architecture", *_PATCH, "spacing")
 _RESAMPLING = re.compile(r"resampling_fn_\w+")
 
 
-def same_plans(transfer: Transfer, target: Target) -> str | None:
-    """How the target gets the network that the weights were made with, where two U-Nets differ; None where nothing can be said.
+def same_plans(source: Source, there: Layout, target: Target) -> str | None:
+    """How the target, whose network has the layout ``there``, gets the network that the weights were made with, where that is
+    another U-Net; None where nothing can be said.
 
     The target's own plans, and what was preprocessed with them, are never overwritten.
     """
-    source = transfer.source
     name, plans = str(target.plans["dataset_name"]), entry(source.card, "plans").get("plans_name")
-    stages_differ = any("stage" in d for d in source.layout.differences(transfer.target))  # a Primus has the view of its plans
+    differences = source.layout.differences(there)
+    differ = source.layout.stages and any("stage" in d or d.startswith("architecture") for d in differences)
     try:
         configuration, _ = _network_of(source)
     except ValueError:
         return None
-    if not stages_differ:
+    if not differ:
         return None
     origin = entry(source.card, "dataset").get("name")
     given = re.sub(r"[^A-Za-z0-9]+", "_", f"{plans or 'Plans'}From{origin or source.path.stem}")

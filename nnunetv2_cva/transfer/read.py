@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nnunetv2_cva.files import read_object
 from nnunetv2_cva.model.families import layout_of
-from nnunetv2_cva.model.family import UNKNOWN, Family, Layout, Names
+from nnunetv2_cva.model.naming import UNKNOWN, Family, Layout, Names
 from nnunetv2_cva.transfer.architectures import RESENC_L_STRIDES
 from nnunetv2_cva.transfer.card import entry, from_nnssl, from_training, settings
 from nnunetv2_cva.transfer.hub import located
 from nnunetv2_cva.transfer.licence import NOT_STATED, known
-from nnunetv2_cva.transfer.names import called, nnunet_names
+from nnunetv2_cva.transfer.renaming import called, nnunet_names
 from nnunetv2_cva.transfer.safety import check_tensors
 from nnunetv2_cva.transfer.weights import opened
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 DEPTH = 60  # containers within each other
 ENTRIES = 2_000_000  # of all containers, each counted as often as it is mentioned
+LEGACY = 5  # pickles at the beginning of a file from before PyTorch 1.6; what follows are numbers
+# Called with a length, or with a tensor whose many numbers are one that is stored.
+ALLOCATING = {"builtins.bytearray", "__builtin__.bytearray"} | {
+    f"torch._utils._rebuild_device_tensor_from_{source}" for source in ("cpu_tensor", "numpy")
+}
 _KINDS: tuple[torch.dtype, ...] = (
     torch.float64,
     torch.float32,
@@ -52,6 +58,38 @@ def check_archive(path: Path) -> None:
         raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {e}") from None
     if wrong is not None:
         raise ValueError(f"{path} is damaged: {wrong} in it is not what was written. Get the file again.")
+
+
+def check_calls(path: Path) -> None:
+    """That opening the file calls nothing that PyTorch lets files call and that takes any amount of memory they ask for.
+
+    Raises:
+        ValueError: it does; names it.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as f:
+            for _ in range(LEGACY):
+                _look_through(f, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.rpartition("/")[2] == "data.pkl":
+                with archive.open(name) as f:
+                    _look_through(f, path)
+
+
+def _look_through(stream: IO[bytes], path: Path) -> None:
+    """The names in the pickle that begins here. One that is damaged is left to those who read it."""
+    called = set()
+    try:
+        called = {str(arg).replace(" ", ".") for op, arg, _ in pickletools.genops(stream) if op.name in ("GLOBAL", "INST")}
+    except Exception:  # the bytes decide what goes wrong
+        return
+    if found := sorted(called & ALLOCATING):
+        raise ValueError(
+            f"{path} calls {found[0]} when it is opened, which may take more memory than there is. Expected plain numbers, as a "
+            "network's state dict has them."
+        )
 
 
 def check_containers(content: Any, path: Path) -> None:

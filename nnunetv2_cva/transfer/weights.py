@@ -20,7 +20,7 @@ import torch
 
 from nnunetv2_cva.files import read_object, written_whole
 from nnunetv2_cva.transfer.hub import DESCRIPTIONS, located
-from nnunetv2_cva.transfer.safety import check_archive, check_containers
+from nnunetv2_cva.transfer.safety import check_archive, check_calls, check_containers
 
 # How files begin that torch.save has written: as zip archives, or before PyTorch 1.6 as pickles (of protocol 2 and later).
 BEGINNINGS = (b"PK\x03\x04", b"\x80")
@@ -50,6 +50,8 @@ def opened(path: str | Path, trust: bool = False, mapped: bool = True) -> dict[s
     if not _beginning(path).startswith(BEGINNINGS):
         raise ValueError(f"{path} is not a checkpoint: PyTorch finds no saved object in it.")
     check_archive(path)
+    if not trust:
+        check_calls(path)
     try:
         content = _load(path, trust, mapped)
     except pickle.UnpicklingError as e:

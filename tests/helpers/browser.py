@@ -19,16 +19,18 @@ def browser():
 
 @dataclass
 class Browsed:
-    """What a page did: errors and console messages of that kind, addresses it asked for beside itself, its title, a picture."""
+    """What a page did: errors and console messages of that kind, addresses it asked for beside itself, its title, a picture,
+    and the PDF that it prints as."""
 
     errors: list = field(default_factory=list)
     requests: list = field(default_factory=list)
     title: str = ""
     picture: bytes = b""
+    paper: bytes = b""
 
 
-def browse(file, width=1200, script="", height=900):
-    """Open a page, run ``script`` in it after it has loaded, and look at it."""
+def browse(file, width=1200, script="", height=900, media=""):
+    """Open a page, run ``script`` in it after it has loaded, and look at it; ``media="print"``: as on paper."""
     found = Browsed()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, _Session(profile) as session:
         target = session.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -36,6 +38,7 @@ def browse(file, width=1200, script="", height=900):
         for domain in ("Runtime", "Network", "Page", "Log"):
             session.ask(f"{domain}.enable")
         session.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        session.ask("Emulation.setEmulatedMedia", media=media)
         session.ask("Page.navigate", url=f"file://{file}")
         session.wait("Page.loadEventFired")
         if script:
@@ -43,6 +46,8 @@ def browse(file, width=1200, script="", height=900):
             if "exceptionDetails" in answer:
                 found.errors.append(str(answer["exceptionDetails"]))
         found.title = session.ask("Runtime.evaluate", expression="document.title")["result"]["value"]
+        if media == "print":
+            found.paper = base64.b64decode(session.ask("Page.printToPDF", printBackground=True)["data"])
         found.picture = base64.b64decode(session.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
         for event in session.events:
             method, values = event["method"], event["params"]

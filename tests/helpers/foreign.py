@@ -6,7 +6,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunetv2_cva.config import CVAConfig
-from nnunetv2_cva.model.family import Family, Part
+from nnunetv2_cva.model.naming import Family, Part
 from nnunetv2_cva.model.taps import IMAGE, behind, check_divisible, image_vector
 from nnunetv2_cva.training.trainer import CVATrainer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_cva.model.families import layout_of
-from nnunetv2_cva.model.family import Family
+from nnunetv2_cva.model.naming import Family
 
 # Where nnU-Net's networks have what an adaptation plan calls encoder, stem and position embedding.
 PLACES = {
