@@ -9,6 +9,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def folder(variable: str) -> Path:
 
 # ---- plans
 
+SIZES: dict[str, Any] = {"patch_size": Integral, "batch_size": Integral, "spacing": Real}  # what they consist of
+
 
 def inheritance(plans: Mapping[str, Any], name: str) -> list[str]:
     """Names of configurations from the root of ``inherits_from`` to ``name``.
@@ -122,12 +125,25 @@ def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration with all it inherits, without ``inherits_from``: a copy. Values are replaced whole, as nnU-Net does.
 
     Raises:
-        ValueError: as ``inheritance``.
+        ValueError: as ``inheritance``; or sizes that are none, or a folder elsewhere.
     """
     merged: dict[str, Any] = {}
     for ancestor in inheritance(plans, name):
         merged.update(plans["configurations"][ancestor])
     merged.pop("inherits_from", None)
+    for key, kinds in SIZES.items():
+        if key not in merged:
+            continue
+        value = merged[key]
+        numbers = [value] if key == "batch_size" else value if isinstance(value, (list, tuple)) else []
+        if not (numbers and all(isinstance(n, kinds) and not isinstance(n, bool) and 0 < n < 2**31 for n in numbers)):
+            expected = "a positive whole number" if key == "batch_size" else "a list of positive numbers"
+            raise ValueError(f"Plans {plans.get('plans_name')}, {name}: expected {expected} as {key}, found {value!r:.60}.")
+    where = merged.get("data_identifier", "")
+    if not isinstance(where, str) or re.search(r"[/\\]", where) or where in (".", ".."):
+        raise ValueError(
+            f"Plans {plans.get('plans_name')}, {name}: expected a folder's name as data_identifier, found {where!r:.60}."
+        )
     return copy.deepcopy(merged)
 
 

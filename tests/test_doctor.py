@@ -193,6 +193,10 @@ def test_a_torchvision_that_does_not_fit_is_found_by_importing_it(tmp_path, monk
     [
         ({"error": "ImportError: libcudnn.so.9"}, r"FIX torch: does not import \(ImportError: libcudnn.so.9\)"),
         ({**FACTS, "error": "OSError: x\ny"}, r"FIX torchvision: does not fit \(torch 2.8.0, torchv.*; OSError: x y\)"),
+        (
+            {**FACTS, "agree": True, "cudnn": 91002},
+            "FIX torch: .*cuDNN 91002: 9.10 is wrong or slow in bf16 .*nvidia-cudnn-cu12>=9.15",
+        ),
         ({**FACTS, "agree": True, "error": "ImportError: z"}, r"FIX timm: does not import .*ImportError: z.*timm<1.0"),
     ],
 )

@@ -47,7 +47,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b'{"a": 1,\n}', "line 2: expected JSON"),
+        (b'{"a": 1\n"b"}', "line 2: expected JSON"),
         (b"", "line 1: expected JSON"),
         ('{"\u00e4": 1}'.encode("utf-16"), "another encoding"),
     ],

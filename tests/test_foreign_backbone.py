@@ -81,7 +81,8 @@ def known(monkeypatch):
 )
 def test_the_laws_of_a_backbone(backbone):
     """Law 1, 3 and 5 of the protocol (2: test_taps), and that what is stated about the network is so."""
-    assert isinstance(backbone, Backbone)
+    methods = [name for name, value in vars(Backbone).items() if callable(value) and not name.startswith("_")]
+    assert [name for name in (*Backbone.__annotations__, *methods) if not hasattr(backbone, name)] == [] and len(methods) == 4
     backbone.check_view((16, 24, 8))
     backbone.eval()
     views = torch.randn(2, 1, 16, 24, 8)

@@ -203,7 +203,7 @@ def test_a_run_of_one_process_is_continued_by_two(project, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_nodes_that_are_stopped_and_started_again_end_as_if_they_had_been_left_alone(project):
-    """What docs/cluster.md says of torchrun: SIGTERM to both agents, 1 is their code, the log tells that the run was saved."""
+    """SIGTERM to both agents: their codes tell nothing, the log says that the run was saved."""
     plans = project / "preprocessed" / NAME / "nnUNetPlans.json"
     content = json.loads(plans.read_text())
     content["configurations"][CONFIGURATION]["cva"].update(epochs=2, iterations_per_epoch=20)

@@ -94,7 +94,11 @@ def test_a_folder_of_something_else(tmp_path, capsys):
         ("metrics.jsonl", '{"epoch": "x"}\n', "metrics.jsonl: expected one JSON object of numbers a line"),
         ("metrics.jsonl", "[" * 5000, "metrics.jsonl: expected one JSON object of numbers a line"),
         ("watched.json", '{"data": 1}', "watched.json: expected a folder and a list of cases"),
-        ("plans.json", '{"configurations": {"3d_fullres": {"spacing": "x"}}}', r"three positive numbers as spacing, found 'x'"),
+        (
+            "plans.json",
+            '{"configurations": {"3d_fullres": {"spacing": "x"}}}',
+            "a list of positive numbers as spacing, found 'x'",
+        ),
         ("cva_config.json", "[]", "cva_config.json: expected a JSON object"),
     ],
 )

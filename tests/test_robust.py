@@ -19,6 +19,7 @@ from nnunetv2_cva.commands.main import main
 from nnunetv2_cva.config import CVAConfig, FinetuneConfig, resolve
 from nnunetv2_cva.files import read_json, read_object
 from nnunetv2_cva.nnunet import configuration, fine_tuned, inheritance
+from nnunetv2_cva.seeing.requests import device_of
 from nnunetv2_cva.training import checkpoint
 from nnunetv2_cva.training.launch import load_pretrained
 from nnunetv2_cva.transfer.target import find_target
@@ -229,6 +230,39 @@ def test_what_a_training_cannot_begin_with_is_one_sentence(project, monkeypatch,
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", "2", "expected a positive whole number as batch_size, found '2'"),
+        ("batch_size", True, "expected a positive whole number as batch_size, found True"),
+        ("patch_size", [16, 1.5, 16], "expected a list of positive numbers as patch_size"),
+        ("patch_size", [16, -8, 16], "expected a list of positive numbers as patch_size"),
+        ("spacing", None, "expected a list of positive numbers as spacing, found None"),
+        ("data_identifier", 7, "expected a folder's name as data_identifier, found 7"),
+        ("data_identifier", "../../x", "expected a folder's name as data_identifier"),
+        ("architecture", {}, "nnUNetTrainer cannot build its network .*KeyError 'network_class_name'"),
+    ],
+)
+def test_plans_with_values_of_another_kind_are_one_sentence(project, monkeypatch, capsys, key, value, message):
+    data = make_project(project, monkeypatch, cva={"epochs": 1})
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"][key] = value
+    (data.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
+    for command in (["train", "100", "3d_fullres", "all"], ["bench", "-d", "100", "-c", "3d_fullres"]):
+        assert main([*command, "-device", "cpu"]) == 2
+        assert re.search(message, capsys.readouterr().err), command
+    if key != "architecture":
+        assert main(["peek", "-d", "100", "-p", "nnUNetPlans", "-c", "3d_fullres"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("device", ["abc", "cuda:77", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(ValueError, match=f"`device={device}`: torch finds cpu"):
+        device_of(device)
+    assert device_of("cpu") == "cpu"
+
+
 def test_weights_are_taken_as_nnunets_function_takes_them(project, monkeypatch):
     make_project(project, monkeypatch, cva={"epochs": 1})
     ours, theirs = (find_target("100", "3d_fullres", "nnUNetPlans", "nnUNetTrainer").build() for _ in range(2))
@@ -242,6 +276,14 @@ def test_weights_are_taken_as_nnunets_function_takes_them(project, monkeypatch):
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     assert all((v == torch.full_like(v, 0.01)).all() for k, v in ours.state_dict().items() if k.startswith("encoder."))
     assert all(len(v.unique()) > 1 for k, v in ours.state_dict().items() if k.endswith("seg_layers.0.weight"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "import sys; from nnunetv2_cva.commands.main import main; sys.exit(main(['settings', '--markdown']))"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b"", 0)
+    run.stderr.close()
 
 
 def test_an_ascii_terminal_shows_every_name(tmp_path):

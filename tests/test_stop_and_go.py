@@ -1,5 +1,6 @@
 """What happens to a run: signals, limits of time, kills, damaged files, a second training, other cases."""
 
+import contextlib
 import json
 import os
 import signal
@@ -307,6 +308,17 @@ def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, capsys, dis
     results = Path(trainer.output_folder)
     assert len((results / "metrics.jsonl").read_text().splitlines()) == 5 and not list(results.glob("*.partial"))
     assert sorted(p.name for p in results.glob("*.pth")) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+
+
+def test_output_that_goes_to_a_full_disk_costs_no_run(tmp_path, monkeypatch, disk):
+    make_project(tmp_path, monkeypatch)
+    trainer = make_trainer(nnUNetTrainerCVA)
+    full = open("/dev/full", "w")
+    with contextlib.redirect_stdout(full):
+        trainer.print_to_log_file("x" * 10_000)
+    assert "x" * 10_000 in Path(trainer.log_file).read_text()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 @pytest.mark.parametrize("at", ["a stop", "the end"])

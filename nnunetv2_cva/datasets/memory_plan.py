@@ -21,8 +21,8 @@ StepMemory = Callable[[dict[str, Any], str, str, CVAConfig], float]
 
 CARDS = (12, 24, 40, 80)  # GB
 OF_PLANNERS = {"nnUNetPlannerResEncM": 8, "nnUNetPlannerResEncL": 24, "nnUNetPlannerResEncXL": 40, "ExperimentPlanner": 8}
-# What a card needs beside the tensors: a share, and GB. On an H200 torch reserved 1.01 (ResEnc-L 128^3) and 1.19 times (Primus-M
-# 160^3) what is counted (benchmarks/speed.md).
+# What a card needs beside the tensors: a share, and GB. On an H200 torch reserved 1.01 times (ResEnc-L 128^3) and 1.19 times
+# (Primus-M 160^3) what is counted: benchmarks/speed.md.
 WORKSPACES, CONTEXT = 1.2, 1.0
 MODES: tuple[Checkpointing, ...] = (False, "selective", True)
 SAID = {False: "nothing recomputed", "selective": "part recomputed", True: "all recomputed"}

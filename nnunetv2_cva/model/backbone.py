@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from nnunetv2_cva.model.naming import Family
 from nnunetv2_cva.model.taps import Tap
 
 
-@runtime_checkable
 class Backbone(Protocol):
     """A network as student and teacher see it: an ``nn.Module`` with these members, made from ``(network, config)``.
 

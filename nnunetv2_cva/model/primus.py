@@ -201,15 +201,15 @@ def nearest_heads(embed_dim: int, wanted: int, rotary: bool) -> int:
     return min(possible, key=lambda h: (abs(h - wanted), h))
 
 
-def not_built(builder: str, view_size: tuple[int, ...], error: AssertionError) -> ValueError:
-    """What to tell a user whose ``builder`` refused with a bare assertion, as the networks of nnU-Net do.
+def not_built(builder: str, view_size: tuple[int, ...], error: Exception) -> ValueError:
+    """What to tell a user whose ``builder`` refused, with a bare assertion as the networks of nnU-Net do or in some other way.
 
     A Primus does so for views that are no whole tokens and for heads that rotary embedding cannot take; the values that it
     looked at are in the frame where it stopped.
     """
     start = f"{builder} cannot build its network for views of {by(view_size)} (patch_size of the plans)"
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    file, values = os.path.basename(frame.f_code.co_filename), frame.f_locals
+    file, values = os.path.basename(frame.f_code.co_filename), dict(frame.f_locals)  # a proxy in Python 3.13
     if file == "primus.py" and "patch_embed_size" in values:
         try:
             check_divisible(view_size, tuple(values["patch_embed_size"]))
@@ -223,7 +223,9 @@ def not_built(builder: str, view_size: tuple[int, ...], error: AssertionError) -
             f"{start}: rotary embedding in 3D needs a multiple of 6 channels per head, found embed_dim {width} with {heads} "
             f"heads. Nearest valid embed_dim: {nearest}."
         )
-    return ValueError(f"{start}: {str(error) or f'a condition in {file}, line {line}, does not hold'}. Look at its plans.")
+    reason = str(error) or f"a condition in {file}, line {line}, does not hold"
+    kind = "" if isinstance(error, (AssertionError, ValueError)) else f"{type(error).__name__} "
+    return ValueError(f"{start}: {kind}{reason}. Look at its plans and dataset.json.")
 
 
 def _grid(eva: Any) -> tuple[int, int, int]:

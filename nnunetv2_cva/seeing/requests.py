@@ -60,10 +60,21 @@ class ProbeRequest(OfWeights):
 
 
 def device_of(asked: str | None) -> str:
-    """The device that was asked for, else the best there is."""
+    """The device that was asked for, else the best there is.
+
+    Raises:
+        ValueError: it is not there.
+    """
     import torch
 
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if asked is not None and asked not in there:
+        raise ValueError(f"`device={asked}`: torch finds {', '.join(there)} here.")
+    return asked or ("cuda" if "cuda" in there else "cpu")
 
 
 def counting(progress: Progress, what: str, of: int) -> Callable[[], None]:

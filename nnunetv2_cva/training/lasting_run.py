@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_cva import __version__
 from nnunetv2_cva.config import CVAConfig, check_resumable
 from nnunetv2_cva.failures import sentence
+from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Student, Teacher
 from nnunetv2_cva.signals import EXIT_CODE
 from nnunetv2_cva.training import checkpoint as checkpoints
+from nnunetv2_cva.training.data import TrainingData
 from nnunetv2_cva.training.failing import noting, speak_plainly_in_nnunets_command
 from nnunetv2_cva.training.folder import only_one, refuse_or_set_aside
 from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.progress import Progress
+from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.stopping import Stopped, Stopping
 from nnunetv2_cva.training.watching import criterion
 
@@ -42,6 +47,7 @@ class LastingRun(nnUNetTrainer):
     grad_scaler: torch.amp.GradScaler | None
     history: History
     record: dict[str, Any]  # of the epoch that has ended
+    data: TrainingData
     _stamps: dict[str, str]  # of the training cases, when this process began
     _constructed: float
     _asked_to_continue: bool
@@ -82,6 +88,19 @@ class LastingRun(nnUNetTrainer):
             if aside is not None:
                 self.print_to_log_file(f"An earlier run was moved to {aside}.")
 
+    def _write_folder(self) -> None:
+        """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
+        maybe_mkdir_p(self.output_folder)
+        write_json(join(self.output_folder_base, "plans.json"), self.plans_manager.plans)
+        write_json(join(self.output_folder_base, "dataset.json"), self.dataset_json)
+        write_json(join(self.output_folder, "cva_config.json"), self.config.as_dict())
+        fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
+        if isfile(fingerprint):
+            with written_whole(join(self.output_folder_base, "dataset_fingerprint.json")) as partial:
+                shutil.copyfile(fingerprint, partial)
+        note_watched(Path(self.output_folder), self.preprocessed_dataset_folder, self.data.watched)
+        self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
+
     def _stop_if_told(self) -> None:
         """Save and end the program, all ranks after the same step."""
         reason = "" if self._stopping is None else self._stopping.reason()
@@ -106,6 +125,13 @@ class LastingRun(nnUNetTrainer):
             self._saved_at = monotonic()
         if improved:
             self._written(checkpoints.BEST, partial(self._save_as, checkpoints.BEST))
+
+    def _save_final(self) -> None:
+        """The run has ended: the others are of no use any more."""
+        self._save_as(checkpoints.FINAL)
+        for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if self.local_rank == 0 and not self.disable_checkpointing else ():
+            with suppress(FileNotFoundError):
+                os.remove(join(self.output_folder, name))
 
     def _save_as(self, name: str) -> None:
         self.save_checkpoint(join(self.output_folder, name))

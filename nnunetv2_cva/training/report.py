@@ -46,9 +46,7 @@ def write_report(folder: Path, tick: Callable[[], object] = lambda: None, matche
         _verdict(epochs),
         _metrics(epochs),
         _picture(folder / PROGRESS, "Curves", "Losses, agreement of the two views of watched cases, collapse, over the epochs."),
-        _picture(
-            folder / VIEWS, "Views", "Pairs of the training: what both show is framed, what is hidden from the student is blue."
-        ),
+        _picture(folder / VIEWS, "Views", "Pairs of the training: what both show is framed, what is hidden is blue."),
         _picture(
             folder / MATCHES,
             "Matches of watched cases",
@@ -164,10 +162,9 @@ def _data(folder: Path, plans: dict[str, Any], configuration: str) -> str:
 def _configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
     """Raises ValueError where it does not say what is looked at."""
     chosen = nnunet.configuration(plans, name)
-    for key in ("spacing", "patch_size"):
-        value = chosen.get(key)
-        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in value)):
-            raise ValueError(f"plans.json, {name}: expected three positive numbers as {key}, found {value!r:.60}.")
+    lacking = [key for key in ("spacing", "patch_size") if len(chosen.get(key, ())) != 3]
+    if lacking:
+        raise ValueError(f"plans.json, {name}: expected three numbers as {lacking[0]}, found {chosen.get(lacking[0])}.")
     return chosen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -15,17 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
+from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
+from nnunetv2_cva import nnunet
 from nnunetv2_cva.config import CVAConfig, resolve
 from nnunetv2_cva.datasets.destination import check_made_for
 from nnunetv2_cva.datasets.next_steps import NO_GPU
 from nnunetv2_cva.failures import TrainingFailed
-from nnunetv2_cva.files import write_json, written_whole
 from nnunetv2_cva.model.branches import Backbone, Student, Teacher, make_backbone
 from nnunetv2_cva.model.primus import not_built
 from nnunetv2_cva.seeding import torch_seed
@@ -40,7 +39,6 @@ from nnunetv2_cva.training.history import History
 from nnunetv2_cva.training.lasting_run import LastingRun
 from nnunetv2_cva.training.objective import Objective, objective, prepare
 from nnunetv2_cva.training.progress import Progress, judge_skipped
-from nnunetv2_cva.training.report import note_watched
 from nnunetv2_cva.training.run_cases import refuse_other_cases, stamps
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 from nnunetv2_cva.training.showing import Board, RunBar, Views, report_quietly
@@ -75,6 +73,7 @@ class CVATrainer(LastingRun):
         self._begin(plans)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(NO_GPU)
+        self.view_size: tuple[int, int, int] = tuple(nnunet.configuration(plans, configuration).get("patch_size", ()))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:  # nnU-Net takes the number among all processes for the number on this machine, and a GPU for granted
             self.device = local_device(device)
@@ -83,7 +82,6 @@ class CVATrainer(LastingRun):
         self.num_iterations_per_epoch = self.config.iterations_per_epoch
         self.num_val_iterations_per_epoch = 0  # nothing is labelled; watched pairs are scored instead
         self.enable_deep_supervision = False
-        self.view_size: tuple[int, int, int] = tuple(self.configuration_manager.patch_size)
         self._check_plans()
         self.config = self.config.for_view(self.view_size)
         if self.config.gradient_checkpointing and self.device.type == "mps":
@@ -137,12 +135,14 @@ class CVATrainer(LastingRun):
         check_made_for(Path(self.preprocessed_dataset_folder), self.plans_manager.plans, self.configuration_name)
         self.dataset_class = IndexedDataset
         torch.manual_seed(self.config.seed)
-        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
         try:
+            self.num_input_channels = determine_num_input_channels(
+                self.plans_manager, self.configuration_manager, self.dataset_json
+            )
             self.network = self.backbone_trainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, self.num_input_channels, self.num_input_channels, False
             )
-        except AssertionError as e:
+        except Exception as e:  # whatever nnU-Net's code makes of plans and dataset.json
             raise not_built(self.backbone_trainer.__name__, self.view_size, e) from e
         backbone = self.backbone(self.network, self.config)
         backbone.check_view(self.view_size)
@@ -272,19 +272,6 @@ class CVATrainer(LastingRun):
         training, held_back = super().do_split()
         return keep_back(training, self.config.watched_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
 
-    def _write_folder(self) -> None:
-        """What nnU-Net keeps beside its checkpoints, our settings, and the metrics so far."""
-        maybe_mkdir_p(self.output_folder)
-        write_json(join(self.output_folder_base, "plans.json"), self.plans_manager.plans)
-        write_json(join(self.output_folder_base, "dataset.json"), self.dataset_json)
-        write_json(join(self.output_folder, "cva_config.json"), self.config.as_dict())
-        fingerprint = join(self.preprocessed_dataset_folder_base, "dataset_fingerprint.json")
-        if isfile(fingerprint):
-            with written_whole(join(self.output_folder_base, "dataset_fingerprint.json")) as partial:
-                shutil.copyfile(fingerprint, partial)
-        note_watched(Path(self.output_folder), self.preprocessed_dataset_folder, self.data.watched)
-        self.history.restore([] if self._resumed is None else self._resumed["cva"]["history"])
-
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.is_ddp and self.config.gradient_checkpointing:
             # torch 2.6 cannot cut a graph that recomputes dropped paths at DDP's buckets, and would not compile at all.
@@ -329,9 +316,9 @@ class CVATrainer(LastingRun):
         return output
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """nnU-Net's, beside the progress bar of the run where there is one."""
+        """nnU-Net's, beside the progress bar of the run where there is one. A file that standard output goes to may be full."""
         bar: RunBar | None = getattr(self, "_bar", None)
-        with nullcontext() if bar is None else bar.aside():
+        with suppress(OSError), nullcontext() if bar is None else bar.aside():
             super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def autocast(self) -> AbstractContextManager:
@@ -418,10 +405,7 @@ class CVATrainer(LastingRun):
     # ---- end
 
     def on_train_end(self) -> None:
-        self.save_checkpoint(join(self.output_folder, checkpoints.FINAL))
-        for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if self.local_rank == 0 and not self.disable_checkpointing else ():
-            with suppress(FileNotFoundError):
-                os.remove(join(self.output_folder, name))
+        self._save_final()
         self.dataloader_train.close()
         self._bar.close()
         self._written("tensorboard", self._board.close)
