@@ -261,10 +261,15 @@ def test_best_alone_cannot_be_continued(finished):
 
 def test_where_nnunet_compiles_both_branches_are_compiled(project, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(type(module).__name__) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, options: compiled.append(type(module).__name__) or module)
     monkeypatch.setattr(nnUNetTrainerCVA, "_do_i_compile", lambda self: True)
-    make_trainer(nnUNetTrainerCVA).on_train_start()
-    assert compiled == ["Student", "Teacher"]
+    trainer = make_trainer(nnUNetTrainerCVA)
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.dataloader_train.close()
+    assert sorted(compiled) == ["Student", "Teacher"]
 
 
 def test_predicting_with_a_pretraining_fails_with_one_sentence(finished, monkeypatch):

@@ -46,9 +46,7 @@ def write_report(folder: Path, tick: Callable[[], object] = lambda: None, matche
         _verdict(epochs),
         _metrics(epochs),
         _picture(folder / PROGRESS, "Curves", "Losses, agreement of the two views of watched cases, collapse, over the epochs."),
-        _picture(
-            folder / VIEWS, "Views", "Pairs of the training: what both show is framed, what is hidden from the student is blue."
-        ),
+        _picture(folder / VIEWS, "Views", "Pairs of the training: what both show is framed, what is hidden is blue."),
         _picture(
             folder / MATCHES,
             "Matches of watched cases",
