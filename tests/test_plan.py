@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -692,6 +693,24 @@ def test_nothing_fits_onto_no_card():
     steps = counting()
     start = steps.counted((64, 64, 64), 2, False)
     assert memory_plan.best(1, start, steps.calculated(start), [start.view], True, memory_plan.MODES) is None
+
+
+def test_one_step_has_one_number(monkeypatch):
+    """Of what was calculated for the table and then counted, the count is said."""
+    monkeypatch.setattr(view_size, "CARDS", (7,))
+    linear_steps = counting()
+
+    def measure(plans, name, *others):
+        again = plans["configurations"][name]["cva"]["gradient_checkpointing"]
+        return linear_steps.measure(plans, name, *others) + (0.4 if again else 0)
+
+    steps = dataclasses.replace(linear_steps, measure=measure)
+    start = (128, 96, 128)
+    views = view_size.smaller(start, (32, 32, 32), np.array([138, 114, 121]))
+    chosen, (said, line) = view_size._onto_card(steps, start, 4, views, False, (7, "as asked"))
+    calculated = steps.calculated(steps.counted(start, 4, False))(chosen.view, chosen.cases, chosen.checkpointing)
+    assert calculated == chosen and f"{calculated.gb:.2g}" != f"{chosen.gb:.2g}"
+    assert line == f"  on 7 GB: {chosen}" and f"about {chosen.gb:.2g} GB" in said
 
 
 def test_the_recipe_says_what_it_recomputes():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +30,12 @@ SAID = {False: "nothing recomputed", "selective": "part recomputed", True: "all 
 
 @dataclass(frozen=True)
 class CardChoice:
-    """``gb``: on the card, tensors and what it needs beside them."""
+    """``gb``: on the card, tensors and what it needs beside them; choices of one step are equal, however they were found."""
 
     view: tuple[int, ...]
     cases: int
     checkpointing: Checkpointing
-    gb: float
+    gb: float = field(compare=False)
 
     def __str__(self) -> str:
         return f"view {by(self.view)}, {self.cases} cases per step, {SAID[self.checkpointing]}, about {self.gb:.2g} GB"

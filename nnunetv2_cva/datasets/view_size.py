@@ -111,7 +111,8 @@ def _onto_card(
         f"a card needs beside them {WORKSPACES - 1:.0%} and {CONTEXT:g} GB are added."
     )
     others = {gb: best(gb, start, calculate, views, fixed_cases, modes) for gb in CARDS}
-    lines.extend(f"  on {gb} GB: {choice if choice is not None else 'nothing of these fits'}" for gb, choice in others.items())
+    for gb, choice in others.items():
+        lines.append(f"  on {gb} GB: {chosen if choice == chosen else choice or 'nothing of these fits'}")
     return chosen, lines
 
 
