@@ -121,8 +121,9 @@ def inheritance(plans: Mapping[str, Any], name: str) -> list[str]:
     return chain
 
 
-def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+def configuration(plans: Mapping[str, Any], name: str, resampled: bool = True) -> dict[str, Any]:
     """A configuration with all it inherits, without ``inherits_from``: a copy. Values are replaced whole, as nnU-Net does.
+    ``resampled``: a spacing of null, which is nnssl's word for images at their own spacing, is none.
 
     Raises:
         ValueError: as ``inheritance``; or sizes that are none, or a folder elsewhere.
@@ -132,7 +133,7 @@ def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
         merged.update(plans["configurations"][ancestor])
     merged.pop("inherits_from", None)
     for key, kinds in SIZES.items():
-        if key not in merged:
+        if key not in merged or (key == "spacing" and merged[key] is None and not resampled):
             continue
         value = merged[key]
         numbers = [value] if key == "batch_size" else value if isinstance(value, (list, tuple)) else []

@@ -265,7 +265,7 @@ def test_images_of_a_network_that_was_not_resampled_stay_as_they_are(tmp_path, c
     assert call(*arguments) == 0 and (tmp_path / "probe" / "probe.csv").is_file()
     other = nnssl_unet(tmp_path / "resampled.pth")
     assert call("look", weights, "--against", other, "-i", *files, "-o", tmp_path / "both", "-device", "cpu") == 2
-    assert "expected spacing of the image and 1 channel(s)" in capsys.readouterr().err
+    assert "expected spacing of the image, found (1.0, 1.0, 1.0)" in capsys.readouterr().err
 
 
 def place(content):

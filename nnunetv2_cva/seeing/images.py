@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_cva.datasets.findings import otsu
 from nnunetv2_cva.datasets.reading import ENDINGS, ending_of, read_images
 from nnunetv2_cva.seeing.frozen import Frozen
 
@@ -154,14 +155,28 @@ def preprocess(found: FoundImage, network: Frozen, labels: str | Path | None = N
 def body(voxels: Tensor) -> Tensor:
     """(I, J, K) bool: what is not air. ``voxels``: (C, I, J, K), normalised.
 
-    Air is what lies within 0.2 of the darkest value (1 % quantile) in every channel, or within 0.02 of the commonest value where
-    only the body was normalised and everything else is one value. Where that leaves less than a hundredth, everything counts.
+    Air is what lies within its noise of the dark, in every channel, or within 0.02 of the commonest value where only the body was
+    normalised and everything else is one value. Where that leaves less than a hundredth, everything counts.
     """
     x = voxels.float()
     flat = x.flatten(1)[:, :: max(1, x[0].numel() // 100_000)]
-    low, median = (torch.quantile(flat, q, dim=1)[:, None, None, None] for q in (0.01, 0.5))
+    median = torch.quantile(flat, 0.5, dim=1)[:, None, None, None]
     constant = ((flat - median.flatten()[:, None]).abs() < 1e-6).float().mean() > 0.2
-    air = ((x - low) < AIR_TOLERANCE).all(0)
+    air = (x < torch.tensor([_brightest_air(channel.numpy()) for channel in flat])[:, None, None, None]).all(0)
     if constant:
         air |= ((x - median).abs() < 0.1 * AIR_TOLERANCE).all(0)
     return ~air if (~air).float().mean() > 0.01 else torch.ones_like(air)
+
+
+def _brightest_air(values: np.ndarray) -> float:
+    """Air is about the commonest dark value, as far above as the darkest (1 % quantile) are below it and a quarter more, at least
+    0.2. Where that is far from the darkest (lungs in a CT), there is next to no air: 0.2 above them."""
+    low = float(np.quantile(values, 0.01))
+    if low == values.max():
+        return low + AIR_TOLERANCE
+    threshold = otsu(values)
+    counts, edges = np.histogram(values[(values >= low) & (values < max(threshold, low + AIR_TOLERANCE))], bins=64)
+    commonest = float(edges[counts.argmax() : counts.argmax() + 2].mean())
+    if commonest - low > 0.15 * (threshold - low):
+        return low + AIR_TOLERANCE
+    return commonest + max(AIR_TOLERANCE, 1.25 * (commonest - low))

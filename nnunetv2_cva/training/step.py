@@ -92,8 +92,6 @@ class TrainingStep:
         reason = ""
         for branches, where in self._plain.compiled():
             self._branches = branches
-            if reason:
-                self.say(f"Going on without torch.compile{where}, which failed: {reason} (nnUNet_compile=0 switches it off)")
             began = perf_counter()
             try:
                 losses = self._gradients(batch)
@@ -105,6 +103,8 @@ class TrainingStep:
                 inner = getattr(e, "inner_exception", e)  # torch wraps what a backend raises
                 reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
             else:
+                if reason:
+                    self.say(f"Going on without torch.compile{where}, which failed: {reason} (nnUNet_compile=0 switches it off)")
                 if branches is not self._plain:
                     self.say(f"The first step took {perf_counter() - began:.1f} s, torch.compile included.")
                 return losses

@@ -52,7 +52,7 @@ def settings(plans: Any, name: Any) -> dict[str, Any]:
     if not isinstance(plans, Mapping) or not isinstance(name, str):
         return {}
     try:
-        return nnunet.configuration(plans, name)
+        return nnunet.configuration(plans, name, resampled=False)
     except ValueError:
         return {}
 
