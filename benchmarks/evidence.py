@@ -1,8 +1,8 @@
 """What does pretraining pay? A small ResEnc U-Net on the hippocampus (MSD Task04): recipe x pretraining seed x split x labels.
 
-    python benchmarks/evidence.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK --run first optimiser ...
+    python benchmarks/evidence.py --raw FOLDER_WITH_Dataset004_Hippocampus --folder WORK --run first quick ...
     python benchmarks/evidence.py --list
-    python benchmarks/evidence.py --folder WORK --table [first optimiser ...]
+    python benchmarks/evidence.py --folder WORK --table [first quick ...]
 
 An experiment is a list of pretrainings and of fine-tunings from them (see light.py); a fine-tuning is paired with the one from
 scratch on the same labelled cases and batches. The test cases are the same everywhere and in no pretraining. One line per item

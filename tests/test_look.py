@@ -122,7 +122,7 @@ def test_one_colour_means_one_thing_in_all_images():
     np.testing.assert_allclose(first[4:14, 8:20, 4:14], second[6:16, 5:17, 5:15], atol=0.2)
     kinds = [r.reshape(SIZE) for r in regions(each, 4)]
     same = kinds[0][4:14, 8:20, 4:14] == kinds[1][6:16, 5:17, 5:15]
-    assert same.mean() > 0.85 and kinds[0].max() <= 3 and (kinds[0] == -1).any()
+    assert same.mean() > 0.8 and kinds[0].max() <= 3 and (kinds[0] == -1).any()
 
 
 def test_the_body_is_what_is_not_air():

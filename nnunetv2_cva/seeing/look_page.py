@@ -28,7 +28,7 @@ canvas { width: 100%; cursor: crosshair; background: #000; touch-action: manipul
 label { margin-right: 1rem; }
 """
 EXPLANATION = """<p>Click or drag in the first image. The cross shows where each network finds that place in the other images, the
-colours how similar every place is. <em>untrained</em> is the same network before any training: what it finds, no training has
+colours how similar every place is. <em>untrained</em> is the same network with random weights: what it finds, no training has
 taught. Cells are averaged over a coarser grid than in the tables, and similarities are rounded.</p>"""
 
 
