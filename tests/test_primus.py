@@ -225,6 +225,16 @@ def test_the_student_is_one_graph():
     torch.testing.assert_close(found, expected)
 
 
+def test_transposed_convolutions_get_no_map_with_its_channels_last():
+    """Compiled, the gradient of such a map has another memory format on CUDA than inductor expects, and the step fails."""
+    pupil, seen = student(), []
+    for module in pupil.backbone.patch_decoder.modules():
+        if isinstance(module, nn.ConvTranspose3d):
+            module.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    pupil(*batch(2))
+    assert len(seen) == 3 and all(seen)
+
+
 # ---- what belongs to whom
 
 
