@@ -19,7 +19,7 @@ WIDE_HEADS = {name: getattr(CVAConfig(), name) for name in ("head_width", "predi
 SCRATCH = "scratch"
 RECIPES = {
     "sgd": Recipe({"mask_block": 16}),  # nnUNetTrainerCVA_Paper, the default of version 0.1: blocks of 16, SGD 1e-2
-    "paper": Recipe(),  # the same with the block that follows the view, here 8
+    "paper": Recipe({"mask_block": 16}),  # the same again: "sgd" was trained by an earlier state of the code
     "adamw": Recipe(ADAMW),
     "independent": Recipe(INDEPENDENT),
     "mae": Recipe(MAE),
@@ -67,7 +67,7 @@ class Experiment:
     against: str | None = None  # the recipe that the others are compared with; None: scratch
 
 
-LABELS = (SCRATCH, "independent", "mae", "adamw", "misaligned", "paper", "sgd")
+LABELS = (SCRATCH, "independent", "mae", "adamw", "misaligned", "paper")
 MAIN = (SCRATCH, "sgd", "adamw", "independent", "mae")
 STOCK = Protocol(iterations=800, deep_supervision=True)
 LONG = Protocol(iterations=2500, deep_supervision=True)
