@@ -386,7 +386,7 @@ def test_a_short_run_of_sgd_is_warned_of_with_numbers():
     (warning,) = warnings(optimizer="sgd", epochs=20, iterations_per_epoch=50)
     assert (
         "1000 iterations of SGD at learning_rate 0.01" in warning
-        and "0 of 5 splits" in warning
+        and "1 of 5 splits" in warning
         and "fresh decoder" in warning
         and "62500" in warning
     )

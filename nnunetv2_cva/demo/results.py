@@ -13,7 +13,7 @@ MEANINGS = {
     "position": "the label at the same place of the other window: what needs no image",
     "intensity": "the label of the voxels with the most similar intensities",
     "untrained": "the most similar features of the same network with random weights",
-    "pretrained": "the most similar features after it",
+    "pretrained": "the most similar features after the pretraining",
 }
 
 
