@@ -27,11 +27,12 @@ SIZE = (20, 26, 22)
 CENTRES = np.array([(6.5, 8.5, 7.5), (13.5, 17.5, 9.5), (8.5, 20.5, 15.5)])
 
 
-def phantom(shift=(0, 0, 0), size=SIZE, name="a", seed=0):
-    """Three blobs of different widths and brightness in a bright body, labelled 1 to 3; noise in the air around."""
+def phantom(shift=(0, 0, 0), size=SIZE, name="a", seed=0, moved=False):
+    """Three blobs of different widths and brightness in a bright body, labelled 1 to 3; noise in the air around. ``moved``: the
+    body is shifted with them."""
     grid = np.stack(np.meshgrid(*[np.arange(n) + 0.5 for n in size], indexing="ij"), axis=-1)
     volume = np.random.default_rng(seed).normal(0, 0.02, size)
-    inside = (np.abs((grid - np.divide(size, 2)) / np.divide(size, 2)) < 0.8).all(-1)
+    inside = (np.abs((grid - np.multiply(moved, shift) - np.divide(size, 2)) / np.divide(size, 2)) < 0.75).all(-1)
     volume[inside] += 1
     labels = np.zeros(size, np.int16)
     for n, (centre, width) in enumerate(zip(CENTRES + shift, (1.5, 2.0, 2.5)), 1):
@@ -67,11 +68,10 @@ def networks(view=(16, 16, 16)):
 
 def test_corresponding_points_are_found_where_the_features_say_so():
     shift = (2, -3, 1)
-    a, b = phantom(), phantom(shift, name="b")
+    a, b = phantom(), phantom(shift, name="b", moved=True)
     source, destination = described_by_anatomy(a, (0, 0, 0)), described_by_anatomy(b, shift)
     found = match(source, CENTRES, destination)
-    # The body has not moved along, which standardises the features a little otherwise: at most the next cell.
-    assert np.linalg.norm(found.places - (CENTRES + shift), axis=1).max() <= 1
+    assert np.abs(found.places - (CENTRES + shift)).max() <= 0.5
     assert found.heat.shape == (3, *SIZE) and (found.best > 0.9).all()
     np.testing.assert_allclose(found.heat.reshape(3, -1).max(1), found.best, atol=1e-5)
 
@@ -117,12 +117,12 @@ def test_errors_in_mm_of_an_ideal_network_and_of_the_same_place():
 
 def test_one_colour_means_one_thing_in_all_images():
     shift = (2, -3, 1)
-    each = [described_by_anatomy(phantom(), (0, 0, 0)), described_by_anatomy(phantom(shift), shift)]
+    each = [described_by_anatomy(phantom(), (0, 0, 0)), described_by_anatomy(phantom(shift, moved=True), shift)]
     first, second = (c.reshape(*SIZE, 3) for c in colours(each))
-    np.testing.assert_allclose(first[4:14, 8:20, 4:14], second[6:16, 5:17, 5:15], atol=0.2)
+    np.testing.assert_allclose(first[4:14, 8:20, 4:14], second[6:16, 5:17, 5:15], atol=0.15)
     kinds = [r.reshape(SIZE) for r in regions(each, 4)]
     same = kinds[0][4:14, 8:20, 4:14] == kinds[1][6:16, 5:17, 5:15]
-    assert same.mean() > 0.8 and kinds[0].max() <= 3 and (kinds[0] == -1).any()
+    assert same.mean() > 0.85 and kinds[0].max() <= 3 and (kinds[0] == -1).any()
 
 
 def test_the_body_is_what_is_not_air():
