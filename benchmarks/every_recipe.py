@@ -22,8 +22,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import small_project
 import torch
-from hippocampus import NAME, PLANS, prepare
+from small_project import NAME, PLANS, prepare
 
 CONFIGURATION = "every_recipe"
 
@@ -40,15 +41,8 @@ def configure(folder: Path) -> None:
     """Add the configuration, and let nnU-Net find the recipes."""
     from nnunetv2_cva.installation.hook import recipes_folder
 
-    file = folder / "pre" / NAME / f"{PLANS}.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "small",
-        "patch_size": [16, 32, 24],
-        "batch_size": 2,
-        "cva": {"roi_size": [2, 7, 7], "mask_block": 8},
-    }
-    file.write_text(json.dumps(plans, indent=2))
+    changes = {"patch_size": [16, 32, 24], "batch_size": 2, "cva": {"roi_size": [2, 7, 7], "mask_block": 8}}
+    small_project.configure(folder / "pre" / NAME, CONFIGURATION, changes)
     os.environ["nnUNet_extTrainer"] = recipes_folder()
 
 

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import light
 import numpy as np
+import stock
 import torch
 import windows
 from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, WIDE, items
-from hippocampus import NAME, prepare
 from light import Protocol, Recipe
 from nulls import nulls
+from small_project import CASES, NAME, prepare, shuffled
 from tables import comparisons, null_table, rows_of, table
 
 TEST = {"hippocampus": 20, "hippocampus, wide": 20, "made up": 10}  # cases in no training
@@ -39,14 +41,11 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.folder = data, folder
         (folder / "weights").mkdir(exist_ok=True)
-        if data != "made up":
-            prepare(raw.resolve(), folder.resolve())
-            cases, structures = folder / "pre" / NAME / "nnUNetPlans_3d_fullres", 2
-        else:
-            cases, structures = made_up(folder / "made_up"), 5
-        keys = sorted(p.name[:-5] for p in cases.glob("*.b2nd") if not p.name.endswith("_seg.b2nd"))
-        order = np.random.default_rng(0).permutation(keys).tolist()
+        prepare(raw.resolve(), folder.resolve())
+        self.dataset = stock.made_up(folder / "pre") if data == "made up" else folder / "pre" / NAME
+        order, structures = shuffled(self.dataset), 5 if data == "made up" else 2
         self.test, self.rest = order[: TEST[data]], order[TEST[data] :]
+        cases, keys = self.dataset / CASES, sorted(order)
         self.cases, self.data = light.Cases(cases, keys), light.load(cases, keys, structures)
 
     def labelled(self, split: int, labels: int) -> list[str]:
@@ -72,46 +71,44 @@ class Bench:
         protocol = Protocol(**{k: item[k] for k in asdict(Protocol())})
         scratch = item["recipe"] == SCRATCH
         states = None if scratch else torch.load(self.weights(item["recipe"], item["seed"]), weights_only=True)
-        keys = self.labelled(item["split"], item["labels"])
-        found = light.fine_tune(protocol, recipe, states, self.data, keys, self.test[: SCORED[self.name]], item["split"])
-        return {**item, **found}
-
-
-def made_up(folder: Path, cases: int = 60) -> Path:
-    """The demo's anatomy (body, liver, kidneys, vessel, lesion) as nnU-Net would preprocess it, without resampling."""
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-
-    from nnunetv2_cva.demo.anatomy import make_case
-
-    folder.mkdir(exist_ok=True)
-    for number in range(cases):
-        name = folder / f"case_{number:03d}"
-        if not name.with_suffix(".pkl").exists():
-            image, labels = make_case(0, number)
-            image = (image.astype(np.float32) - image.mean()) / image.std()
-            nnUNetDatasetBlosc2.save_case(image[None], labels[None].astype(np.int8), {}, str(name))
-    return folder
+        who = self.labelled(item["split"], item["labels"]), self.test[: SCORED[self.name]], item["split"]
+        if protocol.trainer is None:
+            return {**item, **light.fine_tune(protocol, recipe, states, self.data, *who)}
+        return {**item, **stock.fine_tune(protocol, recipe, states, self.dataset, self.data.structures, *who)}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def run(args: argparse.Namespace, raw: Path, folder: Path) -> None:
-    names, seeds, recipes = args.run, args.seeds, args.recipes
+@dataclass(frozen=True)
+class Only:
+    """What of an experiment is done now; None: all of it."""
+
+    seeds: Collection[int] | None = None  # of the pretraining
+    recipes: Collection[str] | None = None
+    labels: Collection[int] | None = None
+
+    def __contains__(self, item: dict[str, Any]) -> bool:
+        asked = {"seed": self.seeds, "recipe": self.recipes, "labels": self.labels}
+        return all(values is None or k not in item or item[k] in values for k, values in asked.items())
+
+
+def run(names: Iterable[str], only: Only, raw: Path, folder: Path) -> None:
     file = folder / "evidence.jsonl"
     done = read(file)
     for name in names:
         e = EXPERIMENTS[name]
         bench = Bench(e.data, raw, folder)
-        for item in items(e, tuple(s for s in e.seeds if seeds is None or s in seeds)):
-            left_out = args.labels is not None and item.get("labels", args.labels[0]) not in args.labels
-            if left_out or (recipes is not None and item["recipe"] not in recipes):
-                continue
-            if any(item.items() <= d.items() for d in done):
-                continue
-            done.append(bench.do(item))
-            append(file, done[-1])
+        for item in items(e):
+            if item in only and not any(is_of(d, item) for d in done):
+                done.append(bench.do(item))
+                append(file, done[-1])
+
+
+def is_of(done: dict[str, Any], item: dict[str, Any]) -> bool:
+    """Whether a line is of this item; what a line does not say, as those of an earlier state of this script, is None."""
+    return all(done.get(k) == v for k, v in item.items())
 
 
 def probe(raw: Path, folder: Path) -> None:
@@ -122,7 +119,7 @@ def probe(raw: Path, folder: Path) -> None:
         item = {**done, "kind": "probe"}
         item = {k: item[k] for k in ("kind", "data", "recipe", "seed") if k in item}
         wanted = (done["kind"], done.get("data")) == ("pretrain", bench.name)
-        if wanted and not any(item.items() <= d.items() for d in read(file)):
+        if wanted and not any(is_of(d, item) for d in read(file)):
             append(file, bench.do(item))
 
 
@@ -145,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.run:
-        run(args, args.raw, args.folder)
+        run(args.run, Only(args.seeds, args.recipes, args.labels), args.raw, args.folder)
     if args.probe:
         probe(args.raw, args.folder)
     if args.table is not None:

@@ -14,13 +14,12 @@ import argparse
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from time import perf_counter
 
-NAME, PLANS, CONFIGURATION = "Dataset004_Hippocampus", "nnUNetPlans", "small"
-VIEW, FEATURES, LABELLED, TEST = [24, 32, 24], [8, 16, 32, 64], 8, 40
+from small_project import NAME, make_trainer, prepare, shuffled
+
+CONFIGURATION, LABELLED, TEST = "small", 8, 40
 STOCK, RECIPE = "nnUNetTrainer", "nnUNetTrainerCVAFinetune"
 ARMS = {  # what is taken from the pretraining, and the trainer
     "scratch, stock": ("nothing", STOCK),
@@ -31,35 +30,11 @@ ARMS = {  # what is taken from the pretraining, and the trainer
 }
 
 
-def prepare(raw: Path, folder: Path) -> None:
-    """Plan and preprocess with nnU-Net; add a configuration that CPUs can bear."""
-    os.environ.update(nnUNet_raw=str(raw), nnUNet_preprocessed=str(folder / "pre"), nnUNet_results=str(folder / "res"))
-    (folder / "pre").mkdir(parents=True, exist_ok=True)
-    plans_file = folder / "pre" / NAME / f"{PLANS}.json"
-    if not plans_file.exists():
-        run = "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as r; r()"
-        subprocess.run([sys.executable, "-c", run, "-d", "4", "-c", "3d_fullres", "-np", "2", "-npfp", "2"], check=True)
-    plans = json.loads(plans_file.read_text())
-    architecture = json.loads(json.dumps(plans["configurations"]["3d_fullres"]["architecture"]))
-    architecture["arch_kwargs"]["features_per_stage"] = FEATURES
-    plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "3d_fullres",
-        "patch_size": VIEW,
-        "batch_size": 2,
-        "architecture": architecture,
-        "cva": {"head_width": 256, "predictor_width": 64},
-    }
-    plans_file.write_text(json.dumps(plans, indent=2))
-    os.environ["nnUNet_n_proc_DA"] = "0"  # one process; with NumPy's and torch's seeds a stock training is repeatable
-
-
 def split(folder: Path, repeat: int) -> list[str]:
     """Test cases are the same in all repeats, the 8 labelled ones are not. Fold 0: labelled, test; fold 1: all but test, test."""
     import numpy as np
 
-    data = folder / "pre" / NAME / "nnUNetPlans_3d_fullres"
-    keys = sorted(p.name[:-5] for p in data.glob("*.b2nd") if not p.name.endswith("_seg.b2nd"))
-    order = np.random.default_rng(0).permutation(keys).tolist()
+    order = shuffled(folder / "pre" / NAME)
     test, rest = order[:TEST], order[TEST:]
     labelled = np.random.default_rng(1 + repeat).choice(rest, LABELLED, replace=False).tolist()
     splits = [{"train": labelled, "val": test}, {"train": rest, "val": test}]
@@ -67,19 +42,11 @@ def split(folder: Path, repeat: int) -> list[str]:
     return test
 
 
-def make(trainer_class: type, fold: int):
-    import torch
-
-    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
-    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    return trainer_class(plans, CONFIGURATION, fold, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu"))
-
-
 def pretrain(repeat: int, epochs: int, iterations: int) -> Path:
     from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA_Paper
 
-    os.environ["nnUNet_cva"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations, "seed": repeat})
-    trainer = make(nnUNetTrainerCVA_Paper, 1)
+    settings = {"epochs": epochs, "iterations_per_epoch": iterations, "seed": repeat}
+    trainer = make_trainer(nnUNetTrainerCVA_Paper, CONFIGURATION, settings, fold=1)
     kept = Path(trainer.output_folder).with_name(f"repeat_{repeat}")
     if not kept.exists():
         trainer.run_training()
@@ -98,7 +65,7 @@ def finetune(arm: str, weights: Path, repeat: int, epochs: int, iterations: int,
     np.random.seed(repeat)
     torch.manual_seed(repeat)
     os.environ["nnUNet_cva_finetune"] = json.dumps({"epochs": epochs, "iterations_per_epoch": iterations})
-    trainer = make(nnUNetTrainer if ARMS[arm][1] == STOCK else nnUNetTrainerCVAFinetune, 0)
+    trainer = make_trainer(nnUNetTrainer if ARMS[arm][1] == STOCK else nnUNetTrainerCVAFinetune, CONFIGURATION)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, iterations, 1
     trainer.disable_checkpointing = True
     trainer.initialize()

@@ -63,7 +63,8 @@ class Recipe:
 @dataclass(frozen=True)
 class Protocol:
     """One way to fine-tune. ``part``: what is taken from the pretraining, the network or its encoder; from the "teacher" the
-    encoder is the average's."""
+    encoder is the average's. ``trainer``: nnU-Net's, which has a rate and an optimiser of its own (stock.py); None: this file's
+    loop."""
 
     iterations: int = 250
     rate: float = 1e-2
@@ -71,6 +72,7 @@ class Protocol:
     deep_supervision: bool = False
     batch: int = 2
     optimizer: str = "sgd"  # nnU-Net's; "adamw": an instrument that leaves the empty segmentation sooner and scatters less
+    trainer: str | None = None
 
 
 def network(widths: tuple[int, ...], outputs: int, seed: int, deep_supervision: bool = False) -> nn.Module:

@@ -21,14 +21,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hippocampus import NAME, PLANS, VIEW, prepare
+from small_project import NAME, VIEW, configure, hold_out, make_trainer, prepare, recipe
 
 CONFIGURATION, CASES, EPOCHS = "objectives", 3, 10
 CHEAP = {"head_width": 256, "predictor_width": 64, "precision": "bf16", "channels_last": True, "watched_cases": 4}
@@ -76,28 +75,19 @@ def small_primus() -> type:
     return SmallPrimus
 
 
-def recipe(row: str, family: str) -> type:
+def trainer_class(row: str, family: str) -> Any:
     """The recipe's class; for a Primus that of Primus-M with the small one in its place."""
-    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_objectives, nnUNetTrainerCVA_Primus
-
-    parts = ["nnUNetTrainerCVA", ROWS[row] or "", "PrimusM" if family == "Primus" else ""]
-    name = "_".join(part for part in parts if part)
-    modules = (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives, nnUNetTrainerCVA_Primus)
-    found = next(getattr(m, name) for m in modules if hasattr(m, name))
-    return found if family == "U-Net" else type(name, (found,), {"backbone_trainer": small_primus()})
+    name = "_".join(part for part in ("nnUNetTrainerCVA", ROWS[row], "PrimusM" if family == "Primus" else "") if part)
+    return recipe(name) if family == "U-Net" else type(name, (recipe(name),), {"backbone_trainer": small_primus()})
 
 
 def train(row: str, family: str, seed: int, iterations: int) -> Any:
     """The trainer after training, or initialised only."""
-    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
-    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
     settings: dict[str, Any] = {"epochs": EPOCHS, "iterations_per_epoch": iterations // EPOCHS, "seed": seed, "check_seconds": 0}
     settings["set_aside"] = True  # what a killed run has left
     if family == "Primus":
         settings["warmup_epochs"] = 2
-    os.environ["nnUNet_cva"] = json.dumps(settings)
-    json_file = json.loads((dataset / "dataset.json").read_text())
-    trainer = recipe(row, family)(plans, CONFIGURATION, 0, json_file, torch.device("cpu"))
+    trainer = make_trainer(trainer_class(row, family), CONFIGURATION, settings)
     if ROWS[row] is None:
         trainer.initialize()
     else:
@@ -188,7 +178,8 @@ def main() -> None:
     args = parser.parse_args()
     (args.folder / "weights").mkdir(parents=True, exist_ok=True)
     prepare(args.raw.resolve(), args.folder.resolve())
-    held_back = configure(args.folder / "pre" / NAME)
+    configure(args.folder / "pre" / NAME, CONFIGURATION, {"batch_size": CASES, "cva": CHEAP})
+    held_back = hold_out(args.folder / "pre" / NAME, HELD_BACK)
     torch.set_num_threads(1)
     file, probes = args.folder / "objectives.jsonl", args.folder / "probes.jsonl"
     for seed, family in itertools.product(args.seeds, args.families):
@@ -203,17 +194,6 @@ def main() -> None:
     for family in args.families:
         runs, found = ([r for r in read(f) if r["iterations"] == args.iterations] for f in (file, probes))
         print("\n" + table(runs, found, family))
-
-
-def configure(dataset: Path) -> list[str]:
-    """Add the configuration and the split; returns the cases that no training sees."""
-    plans = json.loads((dataset / f"{PLANS}.json").read_text())
-    plans["configurations"][CONFIGURATION] = {"inherits_from": "small", "batch_size": CASES, "cva": CHEAP}
-    (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
-    names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
-    order = np.random.default_rng(0).permutation(names).tolist()
-    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[HELD_BACK:], "val": order[:HELD_BACK]}]))
-    return order[:HELD_BACK]
 
 
 def read(file: Path) -> list[dict[str, Any]]:

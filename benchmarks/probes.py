@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_project
 import torch
-from hippocampus import NAME, PLANS, prepare
+from small_project import FEATURES, NAME, PLANS, hold_out, make_trainer, prepare, recipe, resenc
 
 CONFIGURATION, HELD_OUT, LABELLED, DRAWS = "probes", 40, 4, 5
 EPOCHS, ITERATIONS, CASES = 32, 25, 4
@@ -28,45 +28,21 @@ RECIPES = {"untrained": "nnUNetTrainerCVA", "MAE": "nnUNetTrainerCVA_MAE", "CVA"
 
 def configure(dataset: Path) -> list[str]:
     """Add configuration and split; the cases that are held out, the first of them those of evidence.py."""
-    plans = json.loads((dataset / f"{PLANS}.json").read_text())
-    small = plans["configurations"]["small"]["architecture"]
-    arguments = {k: v for k, v in small["arch_kwargs"].items() if k != "n_conv_per_stage"}
-    stages = 4
-    arguments.update(n_stages=stages, kernel_sizes=[[3] * 3] * stages, strides=[[1] * 3] + [[2] * 3] * (stages - 1))
-    arguments.update(n_blocks_per_stage=[1] * stages, n_conv_per_stage_decoder=[1] * (stages - 1))
-    plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "small",
-        "batch_size": CASES,
-        "architecture": {
-            **small,
-            "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-            "arch_kwargs": arguments,
-        },
-        "cva": {
-            **{"head_width": 256, "predictor_width": 64, "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS},
-            **{"precision": "bf16", "channels_last": True, "check_seconds": 0},
-        },
+    cva = {
+        **{"head_width": 256, "predictor_width": 64, "epochs": EPOCHS, "iterations_per_epoch": ITERATIONS},
+        **{"precision": "bf16", "channels_last": True, "check_seconds": 0},
     }
-    (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
-    names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
-    order = np.random.default_rng(0).permutation(names).tolist()
-    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[HELD_OUT:], "val": order[:HELD_OUT]}]))
-    return order[:HELD_OUT]
+    small_project.configure(dataset, CONFIGURATION, {"batch_size": CASES, "architecture": resenc(FEATURES), "cva": cva})
+    return hold_out(dataset, HELD_OUT)
 
 
 def weights(row: str, seed: int, folder: Path) -> Path:
     """The checkpoint, made where it is missing."""
-    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_objectives
-
     kept = folder / f"{row}_{seed}__{PLANS}__{CONFIGURATION}"
     file = kept / "fold_0" / "checkpoint_final.pth"
     if file.is_file():
         return file
-    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
-    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True})  # what a killed one has left
-    recipe = next(getattr(m, RECIPES[row]) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, RECIPES[row]))
-    trainer = recipe(plans, CONFIGURATION, 0, json.loads((dataset / "dataset.json").read_text()), torch.device("cpu"))
+    trainer = make_trainer(recipe(RECIPES[row]), CONFIGURATION, {"seed": seed, "set_aside": True})  # what a killed one has left
     if row == "untrained":
         trainer.on_train_start()
         trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))

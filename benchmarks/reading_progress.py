@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 import verdicts
-from hippocampus import NAME, PLANS, prepare
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from small_project import NAME, make_trainer, prepare
 
-from nnunetv2_cva.config import CVAConfig, resolve
+from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.seeing.verdict import verdict
 from nnunetv2_cva.training import metrics
 from nnunetv2_cva.training.curves import COLOURS, draw_panel
@@ -37,17 +36,12 @@ HEIGHTS = {metrics.PARTS: 5.2, metrics.RETRIEVAL: 0.46, metrics.RANK: 56}  # one
 
 def epochs_of(name: str, kept: Path) -> tuple[list[dict[str, Any]], CVAConfig]:
     """The metrics of a run, which is trained where ``kept`` has none, and its settings."""
-    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
-    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({**COMMON, **RUNS[name]})
-    trainer_class = verdicts.trainer_class("")
+    trainer = make_trainer(verdicts.trainer_class(""), verdicts.CONFIGURATION, {**COMMON, **RUNS[name]})
     if not kept.exists():
-        dataset_json = json.loads((dataset / "dataset.json").read_text())
-        trainer = trainer_class(plans, verdicts.CONFIGURATION, 0, dataset_json, torch.device("cpu"))
         trainer.run_training()
         Path(trainer.output_folder).rename(kept)
     lines = (kept / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], resolve(trainer_class.config, plans, verdicts.CONFIGURATION, os.environ)
+    return [json.loads(line) for line in lines], trainer.config
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def rows_of(name: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     wanted = {"data": e.data, **asdict(e.protocol)}
     ours = {"recipe": e.recipes, "seed": e.seeds, "split": e.splits, "labels": e.labels}
     rows = [r for r in results if r["kind"] == "fine-tune" and all(r[k] in v for k, v in ours.items())]
-    return [r for r in rows if all(r[k] == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())]
+    return [r for r in rows if all(r.get(k) == v or (r["recipe"], k) == (SCRATCH, "part") for k, v in wanted.items())]
 
 
 def comparisons(results: list[dict[str, Any]]) -> str:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import small_project
 import torch
-from hippocampus import NAME, PLANS, prepare
+from small_project import NAME, PLANS, hold_out, make_trainer, prepare, recipe
 
 from nnunetv2_cva.seeing.verdict import MOVES
 
@@ -46,20 +45,19 @@ ORDER = (*COLLAPSING, *HEALTHY, *AS_PAPER)
 
 def trainer_class(name: str) -> type:
     """The recipe of that name, or one that collapses."""
-    from nnunetv2_cva.trainers import nnUNetTrainerCVA, nnUNetTrainerCVA_objectives
+    from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 
     if name in AS_PAPER:
-        return nnUNetTrainerCVA.nnUNetTrainerCVA
+        return nnUNetTrainerCVA
     if name in HEALTHY:
-        wanted = "_".join(part for part in ("nnUNetTrainerCVA", name) if part)
-        return next(getattr(m, wanted) for m in (nnUNetTrainerCVA, nnUNetTrainerCVA_objectives) if hasattr(m, wanted))
+        return recipe("_".join(part for part in ("nnUNetTrainerCVA", name) if part))
 
     def shown(batch: dict) -> dict:
         if name.endswith("constant images"):
             batch["views"] = torch.ones_like(batch["views"]) + 1e-3 * torch.randn_like(batch["views"])
         return batch
 
-    class Collapsing(nnUNetTrainerCVA.nnUNetTrainerCVA):
+    class Collapsing(nnUNetTrainerCVA):
         """Made to."""
 
         def train_step(self, batch: dict) -> dict:
@@ -86,11 +84,7 @@ def trainer_class(name: str) -> type:
 
 def run(name: str, seed: int, keep: Path) -> list[dict[str, Any]]:
     """The metrics of every epoch; a run that diverges ends early."""
-    dataset = Path(os.environ["nnUNet_preprocessed"]) / NAME
-    plans = {**json.loads((dataset / f"{PLANS}.json").read_text()), "continue_training": False}
-    os.environ["nnUNet_cva"] = json.dumps({"seed": seed, "set_aside": True, **SETTINGS.get(name, {})})
-    dataset_json = json.loads((dataset / "dataset.json").read_text())
-    trainer = trainer_class(name)(plans, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
+    trainer = make_trainer(trainer_class(name), CONFIGURATION, {"seed": seed, "set_aside": True, **SETTINGS.get(name, {})})
     try:
         trainer.run_training()
     except RuntimeError as e:
@@ -115,22 +109,20 @@ def configure(dataset: Path) -> None:
     arguments = {**architecture["arch_kwargs"], "n_stages": STAGES, "features_per_stage": [8, 16, 32]}
     for name in ("kernel_sizes", "strides", "n_conv_per_stage", "n_conv_per_stage_decoder"):
         arguments[name] = arguments[name][: STAGES - name.endswith("decoder")]
-    plans["configurations"][CONFIGURATION] = {
-        "inherits_from": "small",
+    cva = {
+        **{"head_width": 64, "predictor_width": 32, "roi_size": [4, 6, 4]},
+        **{"mask_block": 8, "epochs": 8, "iterations_per_epoch": 10, "check_seconds": 0, "warmup_epochs": 1},
+        **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01},
+        **{"precision": "bf16", "channels_last": True, "watched_cases": 4},
+    }
+    changes = {
         "batch_size": 2,
         "patch_size": [16, 24, 16],
         "architecture": {**architecture, "arch_kwargs": arguments},
-        "cva": {
-            **{"head_width": 64, "predictor_width": 32, "roi_size": [4, 6, 4]},
-            **{"mask_block": 8, "epochs": 8, "iterations_per_epoch": 10, "check_seconds": 0, "warmup_epochs": 1},
-            **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01},
-            **{"precision": "bf16", "channels_last": True, "watched_cases": 4},
-        },
+        "cva": cva,
     }
-    (dataset / f"{PLANS}.json").write_text(json.dumps(plans, indent=2))
-    names = sorted(p.name[:-5] for p in (dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd") if "_seg" not in p.name)
-    order = np.random.default_rng(0).permutation(names).tolist()
-    (dataset / "splits_final.json").write_text(json.dumps([{"train": order[40:], "val": order[:40]}]))
+    small_project.configure(dataset, CONFIGURATION, changes)
+    hold_out(dataset, 40)
 
 
 def recorded(runs: list[dict[str, Any]]) -> str:
