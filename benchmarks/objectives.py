@@ -21,19 +21,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from backbones.small_primus import SmallPrimus
 from small_project import NAME, VIEW, configure, hold_out, make_trainer, prepare, recipe
 
 CONFIGURATION, CASES, EPOCHS = "objectives", 3, 10
 CHEAP = {"head_width": 256, "predictor_width": 64, "precision": "bf16", "channels_last": True, "watched_cases": 4}
 HELD_BACK, LABELLED = 40, 8
 UNTRAINED = "untrained"
-TOKEN = (4, 4, 4)  # voxels; of 8 voxels a view of this size has 36 tokens, 9 of them visible
+BACKBONES = Path(__file__).with_name("backbones")  # where nnU-Net finds the small Primus by its name
 ROWS = {
     UNTRAINED: None,
     "AE": "AE",
@@ -51,34 +53,10 @@ COLUMNS = ("alignment", "retrieval", "mirrored alignment", "mirrored retrieval",
 CLASSIFIERS = ("linear", "k-NN")
 
 
-def small_primus() -> type:
-    """A trainer that builds a Primus which CPUs can bear; a user's own backbone_trainer looks like this."""
-    from dynamic_network_architectures.architectures.primus import Primus
-    from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
-
-    class SmallPrimus(AbstractPrimus):
-        @staticmethod
-        def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
-            return Primus(
-                channels,
-                192,
-                TOKEN,
-                classes,
-                4,
-                4,
-                configuration.patch_size,
-                drop_path_rate=0.2,
-                scale_attn_inner=True,
-                init_values=0.1,
-            )
-
-    return SmallPrimus
-
-
 def trainer_class(row: str, family: str) -> Any:
     """The recipe's class; for a Primus that of Primus-M with the small one in its place."""
     name = "_".join(part for part in ("nnUNetTrainerCVA", ROWS[row], "PrimusM" if family == "Primus" else "") if part)
-    return recipe(name) if family == "U-Net" else type(name, (recipe(name),), {"backbone_trainer": small_primus()})
+    return recipe(name) if family == "U-Net" else type(name, (recipe(name),), {"backbone_trainer": SmallPrimus})
 
 
 def train(row: str, family: str, seed: int, iterations: int) -> Any:
@@ -145,7 +123,7 @@ def table(results: list[dict[str, Any]], probes: list[dict[str, Any]], family: s
     probes = [p for p in probes if p["family"] == family]
     header = (*COLUMNS, *CLASSIFIERS, *(f"{c}, gain" for c in CLASSIFIERS))
     lines = [
-        f"{family}, {len(probes)} seeds:",
+        f"{family}, pretraining seeds: {len(probes)}",
         "",
         "| objective | " + " | ".join(header) + " |",
         "|---" * (len(header) + 1) + "|",
@@ -180,6 +158,7 @@ def main() -> None:
     prepare(args.raw.resolve(), args.folder.resolve())
     configure(args.folder / "pre" / NAME, CONFIGURATION, {"batch_size": CASES, "cva": CHEAP})
     held_back = hold_out(args.folder / "pre" / NAME, HELD_BACK)
+    os.environ["nnUNet_extTrainer"] = str(BACKBONES)
     torch.set_num_threads(1)
     file, probes = args.folder / "objectives.jsonl", args.folder / "probes.jsonl"
     for seed, family in itertools.product(args.seeds, args.families):

@@ -1,4 +1,4 @@
-"""nnU-Net's conventions that have to be known before nnU-Net is imported: names of datasets, folders, inheritance in plans.
+"""nnU-Net's conventions, none of which imports it: names of datasets, folders, inheritance in plans, how a network is asked for.
 
 Nothing else in this package takes a dataset's number out of its name or follows ``inherits_from``.
 """
@@ -6,6 +6,7 @@ Nothing else in this package takes a dataset's number out of its name or follows
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -164,3 +165,33 @@ def fine_tuned(plans: Mapping[str, Any], name: str) -> str:
             break
         found = ancestor
     return found
+
+
+# ---- networks
+
+
+def build_network(trainer: type, plans: Any, configuration: Any, channels: int, outputs: int, deep_supervision: bool) -> Any:
+    """The network of one of nnU-Net's trainers, asked for as nnU-Net does. ``plans``, ``configuration``: its managers.
+
+    Like nnU-Net this tells the signature from before nnU-Net 2.8, which is still accepted, by the name of the first parameter.
+
+    Raises:
+        ValueError: the trainer has neither signature.
+    """
+    builder: Any = trainer.build_network_architecture  # type: ignore[attr-defined]
+    signature = inspect.signature(builder)
+    if "plans_manager" in signature.parameters:
+        first: tuple[Any, ...] = (plans, configuration)
+    else:
+        first = (configuration.network_arch_class_name, configuration.network_arch_init_kwargs)
+        first += (configuration.network_arch_init_kwargs_req_import,)
+    arguments = (*first, channels, outputs, deep_supervision)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise ValueError(
+            f"{trainer.__name__}.build_network_architecture: expected the parameters plans_manager, configuration_manager, "
+            "num_input_channels, num_output_channels, enable_deep_supervision, the first by this name, which nnU-Net looks for; "
+            f"found {', '.join(signature.parameters)}."
+        ) from None
+    return builder(*arguments)

@@ -1,5 +1,9 @@
 """nnU-Net's conventions: names, numbers and inheritance."""
 
+import sys
+import warnings
+from types import SimpleNamespace
+
 import pytest
 
 from nnunetv2_cva import nnunet
@@ -124,3 +128,56 @@ def test_datasets_are_found_by_number_and_name(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_set_is_said():
     with pytest.raises(ValueError, match="nnUNet_raw is not set"):
         nnunet.folder(nnunet.RAW)
+
+
+CONFIGURATION = SimpleNamespace(
+    network_arch_class_name="a.Network", network_arch_init_kwargs={"n": 1}, network_arch_init_kwargs_req_import=["op"]
+)
+
+
+class Now:
+    @staticmethod
+    def build_network_architecture(plans_manager, settings, channels, outputs, deep_supervision=True):
+        return plans_manager, settings, channels, outputs, deep_supervision
+
+
+class Before28:
+    @staticmethod
+    def build_network_architecture(name, arguments, imported, channels, outputs, deep_supervision=True):
+        return name, arguments, imported, channels, outputs, deep_supervision
+
+
+class Neither:
+    @staticmethod
+    def build_network_architecture(plans, settings, channels, outputs, deep_supervision=True):
+        raise AssertionError("not called")
+
+
+def test_a_network_is_asked_for_by_either_of_nnunets_signatures():
+    assert nnunet.build_network(Now, "plans", CONFIGURATION, 2, 3, False) == ("plans", CONFIGURATION, 2, 3, False)
+    assert nnunet.build_network(Before28, "plans", CONFIGURATION, 2, 3, False) == ("a.Network", {"n": 1}, ["op"], 2, 3, False)
+    with pytest.raises(
+        ValueError, match=r"Neither.*: expected the parameters plans_manager, .*; found plans, settings, channels"
+    ):
+        nnunet.build_network(Neither, "plans", CONFIGURATION, 2, 3, False)
+
+
+@pytest.mark.parametrize("kind", [Now, Before28])
+def test_nnunet_asks_in_the_same_way(kind, monkeypatch):
+    """The name that decides is nnU-Net's own rule, not ours."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    asked = []
+
+    class Theirs(kind, nnUNetTrainer):
+        _set_batch_size_and_oversample = lambda self: asked.append(kind)  # noqa: E731
+
+    module = sys.modules[nnUNetTrainer.__module__]
+    monkeypatch.setattr(module, "determine_num_input_channels", lambda *_: 2)
+    trainer = object.__new__(Theirs)
+    vars(trainer).update(was_initialized=False, plans_manager="plans", configuration_manager=CONFIGURATION, dataset_json={})
+    vars(trainer).update(label_manager=SimpleNamespace(num_segmentation_heads=3), enable_deep_supervision=False, device="cpu")
+    with pytest.raises(AttributeError, match="tuple"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        trainer.initialize()  # what our functions return is no network
+    assert asked

@@ -188,7 +188,7 @@ class TinyPrimusTrainer(nnUNetTrainer):
     """A user's own trainer, whose network is to be pretrained."""
 
     @staticmethod
-    def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
+    def build_network_architecture(plans_manager, configuration, channels, classes, deep_supervision=True):
         return primus(3, channels, classes, tuple(configuration.patch_size))
 
 

@@ -177,8 +177,21 @@ def test_two_stages_with_nnunets_own_flag(trained, finished, capsys):
 
 class TinyPrimusTrainer(nnUNetTrainer):
     @staticmethod
-    def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
+    def build_network_architecture(plans_manager, configuration, channels, classes, deep_supervision=True):
         return primus(1, channels, classes, tuple(configuration.patch_size))
+
+
+class MisnamedTrainer(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):
+        raise AssertionError("not called")
+
+
+def test_a_network_that_fine_tuning_could_not_build_is_refused_before_training(tmp_path, monkeypatch):
+    """nnU-Net takes the first of these parameters for the name of a class."""
+    make_project(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="MisnamedTrainer.build_network_architecture: expected the parameters plans_manager, "):
+        make_trainer(type("Mine", (nnUNetTrainerCVA,), {"backbone_trainer": MisnamedTrainer})).initialize()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nnunetv2_cva.config import CVAConfig
 from nnunetv2_cva.model.branches import Student, Teacher, make_backbone
+from nnunetv2_cva.nnunet import build_network
 from nnunetv2_cva.training.checkpoint import Run
 from nnunetv2_cva.training.objective import Prepared
 from nnunetv2_cva.training.schedule import make_optimizer
@@ -109,7 +110,7 @@ def step_memory(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # Looks at values, which fakes have not.
         with patch("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor):
-            network = backbone.build_network_architecture(manager, configuration, channels, channels, False)
+            network = build_network(backbone, manager, configuration, channels, channels, deep_supervision=False)
             run = trained(network, config)
         inputs = prepared(size, configuration.batch_size, channels, config, run.student.backbone.block)
         step = step_of(run, config, precision)

@@ -139,9 +139,8 @@ class CVATrainer(LastingRun):
             self.num_input_channels = determine_num_input_channels(
                 self.plans_manager, self.configuration_manager, self.dataset_json
             )
-            self.network = self.backbone_trainer.build_network_architecture(
-                self.plans_manager, self.configuration_manager, self.num_input_channels, self.num_input_channels, False
-            )
+            channels, managers = self.num_input_channels, (self.plans_manager, self.configuration_manager)
+            self.network = nnunet.build_network(self.backbone_trainer, *managers, channels, channels, deep_supervision=False)
         except Exception as e:  # whatever nnU-Net's code makes of plans and dataset.json
             raise not_built(self.backbone_trainer.__name__, self.view_size, e) from e
         backbone = self.backbone(self.network, self.config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import os
 import re
@@ -100,16 +99,10 @@ class Target:
         except Exception as e:
             raise ValueError(f"nnU-Net cannot read dataset.json or the plans of {self.label}: {e!r}") from None
         deep = pretraining is None if deep_supervision is None else deep_supervision
-        builder = (pretraining or self.trainer).build_network_architecture
-        if "plans_manager" in inspect.signature(builder).parameters:
-            arguments: tuple[Any, ...] = (plans, settings, channels, outputs, deep)
-        else:  # the signature before nnU-Net 2.8, which it still accepts
-            architecture = (settings.network_arch_class_name, settings.network_arch_init_kwargs)
-            arguments = (*architecture, settings.network_arch_init_kwargs_req_import, channels, outputs, deep)
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             torch.manual_seed(0)
             try:
-                return builder(*arguments).cpu()
+                return nnunet.build_network(pretraining or self.trainer, plans, settings, channels, outputs, deep).cpu()
             except Exception as e:
                 reason = str(e) or "no reason given (a Primus needs a patch_size divisible by 8)"
                 raise ValueError(
