@@ -129,14 +129,12 @@ EXPERIMENTS = {
     "encoder": Experiment(
         "With a decoder that starts anew SGD is no longer behind, AdamW a little lower than whole.",
         (SCRATCH, "sgd", "adamw"),
-        seeds=(0, 1),
         labels=(4,),
         protocol=replace(QUICK, part="encoder"),
     ),
     "encoder, 250 iterations of SGD": Experiment(
         "After what AdamW fine-tuning showed: SGD's encoder is ahead of its whole network here, too.",
         (SCRATCH, "sgd", "independent"),
-        seeds=(0, 1),
         labels=(4,),
         protocol=Protocol(part="encoder"),
     ),
