@@ -42,7 +42,7 @@ def score(
     """
     student.eval()
     losses: list[Tensor] = []
-    bins, features = Compared(), Compared()
+    bins, features = Agreement(), Agreement()
     seen: list[Tensor] = []  # features of all views
     means: list[Tensor] = []
     before: Tensor | None = None
@@ -80,7 +80,7 @@ def score(
 
 
 @dataclass
-class Compared:
+class Agreement:
     """Bins of view 0, of view 1, and of another case's view 1 in their place; each (B, R, D), a batch after the other."""
 
     first: list[Tensor] = field(default_factory=list)
