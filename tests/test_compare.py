@@ -15,6 +15,8 @@ from nnunetv2_cva.comparing.arms import named
 from nnunetv2_cva.comparing.design import CompareRequest
 from nnunetv2_cva.comparing.run import run
 from nnunetv2_cva.datasets.leakage import HeldOut
+from nnunetv2_cva.datasets.targets import FineTuned
+from nnunetv2_cva.transfer.card import from_training, inheritance
 from nnunetv2_cva.transfer.target import find_target
 
 LENGTH = {"iterations": 10, "points": 2, "device": "cpu"}
@@ -124,7 +126,7 @@ def test_a_pretraining_that_was_planned_is_compared_by_voxels(here, tmp_path, mo
     design = SimpleNamespace(dataset="Dataset100_Tiny", fold=0, test=("case_00", "case_01"))
 
     def checked():
-        return unseen.check(source, None, design, 1, lambda *_: None)
+        return unseen.check(source, None, design, [], 1, lambda *_: None)
 
     if hit:
         with pytest.raises(
@@ -135,6 +137,105 @@ def test_a_pretraining_that_was_planned_is_compared_by_voxels(here, tmp_path, mo
         assert "WARNING: could not check" in checked() and "1 of 2 of their images were not found" in checked()
     else:
         assert checked() == "No test case was pretrained on, voxel by voxel with the cases of Dataset500_Images."
+
+
+def test_images_of_other_folds_or_not_tested_are_no_test_cases(tmp_path, monkeypatch):
+    """Of nnU-Net's folds of all images, which are more where some of them are not preprocessed."""
+    (tmp_path / "Dataset500_Images").mkdir()
+    (tmp_path / "Dataset500_Images" / "cases.csv").touch()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    monkeypatch.setattr(unseen, "read_accepted", lambda folder: [])
+    folds = [HeldOut(NAME, n, 2, hit, frozenset(), 0) for n, hit in enumerate((("case_00",), ("case_02", "case_03")))]
+    monkeypatch.setattr(unseen, "by_voxels", lambda *_: folds)
+    source = SimpleNamespace(card={"dataset": {"name": "Dataset500_Images"}}, path=Path("weights.pth"))
+
+    def checked(*test):
+        return unseen.check(source, None, SimpleNamespace(dataset=NAME, fold=0, test=test), [], 1, lambda *_: None)
+
+    assert checked("case_01").startswith("No test case")
+    with pytest.raises(ValueError, match=r"pretrained on 1 of 2 test cases \(case_03; voxel by voxel"):
+        checked("case_01", "case_03")
+
+
+CASES = [f"case_{n:03d}" for n in range(260)]
+
+
+def stage(fold, started=None, dataset=NAME, **ours):
+    """The card of a pretraining on ``fold``, started from a file with the card ``started``."""
+    start = {} if started is None else {"started_from": inheritance(started, "first.pth")}
+    arguments = {} if fold is None else {"fold": fold}
+    content = {"trainer_name": "nnUNetTrainerCVA", "init_args": arguments, "cva": {**start, **ours}}
+    return from_training(content, {"dataset_name": dataset}, "3d_fullres", None)
+
+
+def without_fold(card):
+    """As files of 0.2.0 recorded a start."""
+    return {**card, "started_from": {k: v for k, v in card["started_from"].items() if k != "fold"}}
+
+
+def checked(tmp_path, card, tested=None):
+    """What is said of a card about fold 0 of 260 cases, ``tested`` of its validation cases."""
+    target = FineTuned(NAME, tmp_path / NAME, {}, {})
+    training, test = unseen.split(0, target, CASES)
+    design = SimpleNamespace(dataset=NAME, fold=0, training=tuple(training), test=tuple(test[:tested]))
+    return unseen.check(SimpleNamespace(card=card, path=Path("w.pth")), target, design, CASES, 1, lambda *_: None)
+
+
+@pytest.fixture
+def nothing_planned(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+
+
+@pytest.mark.parametrize("between", [0, 2])
+def test_the_start_of_a_pretraining_is_checked_and_its_start(nothing_planned, tmp_path, between):
+    card = stage("all")
+    for _ in range(between + 1):
+        card = stage(0, card)
+    with pytest.raises(ValueError, match=r"first.pth, a start of w.pth, was pretrained on 52 of 52 test cases"):
+        checked(tmp_path, card)
+    clean = "by the split of its own training"
+    said = checked(tmp_path, stage(0, stage(0)))
+    assert said == f"No test case was pretrained on, {clean}; nor by first.pth, a start of w.pth, {clean}."
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (without_fold(stage(0, stage(0))), "whether first.pth, a start of w.pth, was .*does not say on which fold"),
+        (stage(0, stage(0, dataset="Dataset745_OpenMind")), "whether first.pth, a start of w.pth, .*are not listed here"),
+        (stage(0, stage(0, stage(0, dataset=None))), "whether first.pth, a start of w.pth, .*are not listed here"),
+        (stage(0, config={"init_from": "/there/old.pth"}), "whether old.pth, a start of w.pth, .*are not listed here"),
+        (stage(0, stage(0, config={"init_from": "old.pth"})), "whether old.pth, a start of w.pth, .*are not listed here"),
+        (
+            {**stage(0), "started_from": "of another program"},
+            "whether a file without a name, a start of w.pth, .*not listed here",
+        ),
+    ],
+)
+def test_a_start_whose_cases_are_not_known_is_warned_of(nothing_planned, tmp_path, card, said):
+    found = checked(tmp_path, card)
+    assert re.match(f"WARNING: could not check {said}", found) and "No test case" not in found
+
+
+def test_a_start_that_is_not_known_hides_none_that_has_seen_test_cases(nothing_planned, tmp_path):
+    with pytest.raises(ValueError, match="w.pth was pretrained on 52 of 52"):
+        checked(tmp_path, stage("all", stage(None)))
+    with pytest.raises(ValueError, match="first.pth, a start of w.pth, was pretrained on 52 of 52"):
+        checked(tmp_path, stage(None, stage("all")))
+
+
+@pytest.mark.parametrize("tested", [1, 10, 51, None])
+def test_folds_are_those_of_all_cases_however_few_are_tested(nothing_planned, tmp_path, tested):
+    assert checked(tmp_path, stage(0), tested).startswith("No test case")
+    with pytest.raises(ValueError, match=f"{tested or 52} of {tested or 52} test cases"):
+        checked(tmp_path, stage(3), tested)
+
+
+def test_a_comparison_on_few_test_cases_takes_what_one_on_all_takes(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunetv2_cva.comparing.run._train", lambda *_: None)
+    for test in (1, None):
+        _, said, _ = start(request(here, tmp_path / str(test), test=test))
+        assert f"{test or 2} test cases" in said[0] and "No test case was pretrained on" in said[1]
 
 
 def test_what_cannot_be_checked_is_said(here, tmp_path):

@@ -20,6 +20,7 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimu
 
 from nnunetv2_cva.config import FinetuneConfig, resolve
 from nnunetv2_cva.installation.hook import recipes_folder
+from nnunetv2_cva.training import messages
 from nnunetv2_cva.training.finetune import Finetuning
 
 KEY, VARIABLE = "cva_finetune", "nnUNet_cva_finetune"
@@ -91,6 +92,21 @@ def test_two_epochs_of_warm_up_then_poly_under_the_stock_name(labelled, recipe, 
     nnUNetTrainer.save_checkpoint(trainer, stocks := str(labelled / "stock.pth"))
     assert set(content) == set(torch.load(stocks, weights_only=False)) == ENTRIES
     assert not list(Path(trainer.output_folder).glob("*.partial"))
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
+    assert log.count("WARNING: 3 iterations of SGD") == (recipe is FinetuneUNet)
+
+
+def test_a_short_fine_tuning_at_the_low_rate_of_sgd_is_warned_of_with_numbers():
+    def warned(**settings):
+        return messages.short_fine_tuning(FinetuneConfig(**settings), "nnUNetTrainer")
+
+    (warning,) = warned(epochs=20, iterations_per_epoch=75)
+    assert "1500 iterations of SGD at learning_rate 0.001" in warning and "0.368 from scratch and 0.212 pretrained" in warning
+    assert "0.700 and 0.716 with nnU-Net's own 0.01" in warning and "-tr" not in warning
+    assert "nnUNetTrainer" in warning and '"optimizer": "adamw", "learning_rate": 0.001' in warning
+    assert warned(epochs=79) and not warned(epochs=80)
+    assert warned(epochs=20, learning_rate=1e-4) and not warned(epochs=20, learning_rate=1e-2)
+    assert not warned(epochs=20, optimizer="adamw")
 
 
 @pytest.mark.parametrize("recipe", [FinetuneUNet, pytest.param(FinetunePrimus, marks=pytest.mark.slow)])

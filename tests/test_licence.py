@@ -82,6 +82,7 @@ def test_a_licence_goes_through_a_pretraining_into_what_is_exported(tmp_path, mo
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     card = read(file).card
     assert card["licence"] == "CC-BY-SA-4.0" and card["started_from"]["file"] == "first.pth"
+    assert card["started_from"]["fold"] == 0
 
     there = target(features=(4, 8, 8), blocks=(1, 1, 1), name="Dataset004_Other")
     planned(tmp_path / "preprocessed", there, monkeypatch)
@@ -97,7 +98,7 @@ def test_a_licence_goes_through_a_pretraining_into_what_is_exported(tmp_path, mo
     assert "A dataset, 2020" in json.dumps(again["citations"]) and "Consistent View Alignment" in json.dumps(again["citations"])
     assert call("info", tmp_path / "w.pth") == 0
     said = capsys.readouterr().out
-    assert "started from   file first.pth, dataset Dataset100_Tiny, licence CC-BY-SA-4.0" in said
+    assert "started from   file first.pth, dataset Dataset100_Tiny, fold 0, licence CC-BY-SA-4.0" in said
 
 
 def test_data_under_a_stricter_licence_keep_it(tmp_path):

@@ -23,6 +23,7 @@ from nnunetv2_cva.trainers.nnUNetTrainerCVA import nnUNetTrainerCVA
 from nnunetv2_cva.trainers.nnUNetTrainerCVA_objectives import nnUNetTrainerCVA_MAE
 
 from nnunetv2_cva.config import DEFAULT
+from nnunetv2_cva.transfer.read import read
 
 ENVIRONMENT = "nnUNet_cva"
 
@@ -164,8 +165,11 @@ def test_a_killed_run_continues(project, tmp_path):
     assert (latest.parent / "checkpoint_final.pth").exists()
 
 
-def test_two_stages_with_nnunets_own_flag(trained, finished, capsys):
+def test_two_stages_with_nnunets_own_flag(trained, finished, tmp_path, capsys):
     first = trained[0]
+    (Path(first.preprocessed_dataset_folder_base) / "splits_final.json").unlink(
+        missing_ok=True
+    )  # nnU-Net makes it, of NumPy strings
     trainer = make_trainer(nnUNetTrainerCVA, fold=0, weights=str(finished / "checkpoint_final.pth"))
     trainer.on_train_start()
     out = capsys.readouterr().out
@@ -173,6 +177,8 @@ def test_two_stages_with_nnunets_own_flag(trained, finished, capsys):
     assert "Heads that start anew: projector, predictor. init_from takes those of a pretraining checkpoint, too." in out
     for name, value in first.network.encoder.state_dict().items():
         assert torch.equal(trainer.teacher.encoder["encoder"].state_dict()[name], value), name
+    trainer.save_checkpoint(str(tmp_path / "second.pth"))
+    assert read(tmp_path / "second.pth").card["started_from"] == {"file": "weights that nnU-Net's -pretrained_weights loaded"}
 
 
 class TinyPrimusTrainer(nnUNetTrainer):

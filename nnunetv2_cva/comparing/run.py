@@ -89,14 +89,19 @@ def _fine_tuned(target: Target) -> FineTuned:
     return FineTuned(name, nnunet.folder(nnunet.PREPROCESSED) / name, target.dataset_json, target.plans)
 
 
-def _design(request: CompareRequest, target: Target) -> Design:
-    """Raises ValueError where cases are missing or too few."""
-    fine_tuned, settings = _fine_tuned(target), target.settings
-    data = fine_tuned.folder / settings["data_identifier"]
+def _labelled(target: Target) -> list[str]:
+    """All preprocessed cases with labels. Raises ValueError where there are none."""
+    data = _fine_tuned(target).folder / target.settings["data_identifier"]
     cases = sorted(p.name.removesuffix("_seg.b2nd") for p in data.glob("*_seg.b2nd"))
     if not cases:
         raise ValueError(f"No preprocessed cases with labels in {data}. nnUNetv2_preprocess makes them.")
-    training, test = split(request.fold, fine_tuned, cases)
+    return cases
+
+
+def _design(request: CompareRequest, target: Target) -> Design:
+    """Raises ValueError where cases are missing or too few."""
+    fine_tuned = _fine_tuned(target)
+    training, test = split(request.fold, fine_tuned, _labelled(target))
     if request.test is not None and request.test < len(test):
         test = [test[n] for n in sorted(stream("compared test cases").choice(len(test), request.test, replace=False))]
     if max(request.labels) > len(training):
@@ -106,7 +111,7 @@ def _design(request: CompareRequest, target: Target) -> Design:
         target.configuration,
         target.plans["plans_name"],
         target.trainer.__name__,
-        settings_hash(settings),
+        settings_hash(target.settings),
         request.iterations,
         request.points,
         request.fold,
@@ -127,7 +132,7 @@ def _prepared(
 ) -> Arm:
     """The file made for the target by ``export``, as a user would, once."""
     source = read(file)
-    seen = check(source, _fine_tuned(target), design, request.processes, tell)
+    seen = check(source, _fine_tuned(target), design, _labelled(target), request.processes, tell)
     of, made = digest(located(file)), folder / "weights"
     weights = made / f"{name}_{of}.pth"
     if not weights.is_file():

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_cva.config import FinetuneConfig, resolve
 from nnunetv2_cva.training import checkpoint as checkpoints
+from nnunetv2_cva.training import messages
 from nnunetv2_cva.training.schedule import learning_rate, make_optimizer
 
 
@@ -57,6 +58,8 @@ class Finetuning(nnUNetTrainer):
             f"{self.config.warmup} warm-up epochs of {self.num_epochs}. "
             f"Checkpoints carry the name {self.stock_trainer().__name__}."
         )
+        for line in messages.short_fine_tuning(self.config, self.stock_trainer().__name__):
+            self.print_to_log_file(line)
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, written atomically, under the stock trainer's name."""

@@ -96,7 +96,7 @@ class CVATrainer(LastingRun):
         self._resumed_from = ""
         self._stopping: Stopping | None = None
         self._progress = Progress()
-        self._started_from: dict[str, Any] | None = None  # licence and citations of the weights of init_from
+        self._started_from: dict[str, Any] | None = None  # of the weights of init_from: what transfer.card.inheritance says
 
     def _check_plans(self) -> None:
         """Refuse, before anything is built, what cannot be pretrained on."""
@@ -241,6 +241,7 @@ class CVATrainer(LastingRun):
             if self.config.init_from is None:  # nnU-Net's flag, which loads the network and nothing else
                 heads = ", ".join(self.student.heads()) or "none"
                 self.print_to_log_file(f"Heads that start anew: {heads}. init_from takes those of a pretraining checkpoint, too.")
+                self._started_from = {"file": "weights that nnU-Net's -pretrained_weights loaded"}  # it does not say which
 
     def open_data(self) -> None:
         """Cases to train on and pairs to watch. The student has to be there."""
@@ -268,7 +269,8 @@ class CVATrainer(LastingRun):
         """nnU-Net's split. With fold "all" a few cases, named in the log, are kept back for the watched pairs."""
         if self.fold != "all":
             check_folds(self.fold, self.preprocessed_dataset_folder_base, self.preprocessed_dataset_folder)
-        training, held_back = super().do_split()
+        # Of splits that it has just made nnU-Net gives NumPy's strings, and a checkpoint that holds those is not opened again.
+        training, held_back = ([str(case) for case in cases] for cases in super().do_split())
         return keep_back(training, self.config.watched_cases) if self.fold == "all" else (sorted(training), sorted(held_back))
 
     def _wrapped(self, module: nn.Module) -> nn.Module:

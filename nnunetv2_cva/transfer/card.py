@@ -87,7 +87,8 @@ def from_training(
         "reference": data.get("reference"),
     }
     card["licence"] = data.get("licence") or data.get("license")
-    started = entry(ours, "started_from")
+    named = entry(_without_paths(ours.get("config"))).get("init_from")  # all that old checkpoints say of their start
+    started = entry(ours, "started_from") or ({"file": named} if named else {})
     if started:  # what is made of weights inherits their terms, whatever the images are under
         card["started_from"] = started
         inherited = started.get("licence")
@@ -99,7 +100,7 @@ def from_training(
 
 def inheritance(card: Mapping[str, Any], file: str) -> dict[str, Any]:
     """What a training that starts from the weights of ``card`` has to remember of them."""
-    kept = {k: card.get(k) for k in ("licence", "published", "trainer", "started_from") if card.get(k)}
+    kept = {k: card[k] for k in ("fold", "licence", "published", "trainer", "started_from") if card.get(k) not in (None, "", {})}
     cited = _cited(card, None)
     return plain({"file": file, "dataset": entry(card, "dataset").get("name"), **kept, **({"citations": cited} if cited else {})})
 
