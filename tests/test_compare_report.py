@@ -180,7 +180,8 @@ def test_what_is_written_is_plain_and_complete(tmp_path):
 
 def test_the_picture_shows_both_dice_whole_and_the_differences_of_the_table(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: (figures.append(figure), file.write_bytes(b"x")))
+    saved = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(saved, lambda figure, file, **_: (figures.append(figure), file.write_bytes(b"x")))
     found = scores(0.0, sooner=0.1)
     compared = compare(found, ARMS, LABELS, SEEDS)
     write_curves(tmp_path / "curves.png", found, compared, ARMS, LABELS)

@@ -1,14 +1,20 @@
 """The verdict from recorded metrics: what collapses is seen within a few epochs, what learns is never called so."""
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.recorded import RECORDED
 
+from nnunetv2_cva.config import CVAConfig
+from nnunetv2_cva.seeding import stream
 from nnunetv2_cva.seeing.verdict import verdict
-from nnunetv2_cva.training.metrics import collapse_metrics, null_metrics, pair_metrics
+from nnunetv2_cva.training.metrics import collapse_metrics
+from nnunetv2_cva.training.watching import score
+from nnunetv2_cva.views.geometry import draw_pair
 
 COLLAPSES = {
     "no stop-gradient",
@@ -203,12 +209,53 @@ def test_effective_rank_sees_complete_collapse_under_rounding():
     assert collapse_metrics(line)["effective_rank"] == pytest.approx(1, abs=0.05)
 
 
-def test_a_null_is_the_same_place_in_another_case():
-    place = torch.randn(1, 30, 16)
-    by_place = place.expand(3, -1, -1) + 0.01 * torch.randn(3, 30, 16)
-    found, null = pair_metrics(by_place, by_place), null_metrics(by_place, by_place)
-    assert null["alignment_null"] == pytest.approx(found["alignment"], abs=0.01) and null["retrieval_null"] == 1
-    by_anatomy = torch.randn(3, 30, 16)
-    null = null_metrics(by_anatomy, by_anatomy)
-    assert abs(null["alignment_null"]) < 0.2 and null["retrieval_null"] < 0.3
-    assert null_metrics(place, place) == {}
+class Seeing:
+    """A student of two channels per bin that knows the bin's place in the view alone, or what the case shows there."""
+
+    backbone = SimpleNamespace(block=(8, 8, 8))
+
+    def __init__(self, what):
+        self.what, self.waves = what, torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 6
+
+    def eval(self):
+        return self
+
+    def features(self, views, rois):
+        steps = torch.stack(torch.meshgrid(*(torch.arange(n) / n + 0.5 / n for n in (3, 4, 2)), indexing="ij"), -1).flatten(0, 2)
+        places = rois[:, None, 0] + steps * (rois[:, None, 1] - rois[:, None, 0])
+        if self.what == "place":
+            return torch.cos(places.float() @ self.waves)
+        anatomy = views[:, 0, 0, 0, 0, None, None] + steps  # the case's number, and the place in what both views share
+        return torch.cos(anatomy.float() @ self.waves)
+
+    def __call__(self, views, mask, rois):
+        return {"bins": self.features(views, rois)}
+
+
+@pytest.mark.parametrize("batch_sizes", [(4, 4), (1, 3, 1)], ids=str)
+def test_a_null_is_another_case_seen_at_the_same_place_in_the_view(batch_sizes):
+    """Every pair of views has its own rois: the same number of a bin is another place in the view."""
+    plain = {name: 0.0 for name in vars(CVAConfig()) if name.endswith("_p")}  # views as they are
+    config = CVAConfig(**{**plain, "reconstruction_weight": 0.0, "contrastive_weight": 0.0, "mask_ratio": 0.0})
+    batches, case = [], 0
+    for size in batch_sizes:
+        rng = stream("rois", case)
+        rois = [draw_pair((64,) * 3, (32, 40, 24), config, rng).rois for _ in range(size)]
+        numbers = torch.arange(case, case + size, dtype=torch.float32)
+        views = numbers[None, :, None, None, None, None].expand(2, size, 1, 32, 40, 24).flatten(0, 1).clone()
+        inside = torch.ones(2 * size, 1, 32, 40, 24, dtype=torch.bool)
+        batches.append({"views": views, "rois": torch.tensor(np.array(rois)).transpose(0, 1).flatten(0, 1), "inside": inside})
+        case += size
+    device = torch.device("cpu")
+    place, anatomy = (score(Seeing(what), None, batches, config, device, nullcontext) for what in ("place", "anatomy"))
+    for prefix in ("", "feature_"):
+        assert anatomy[f"{prefix}retrieval"] == 1 and anatomy[f"{prefix}alignment"] == pytest.approx(1)
+        assert anatomy[f"{prefix}alignment_null"] < 0.5
+        assert place[f"{prefix}alignment"] < 0.9  # views that are moved against each other
+    # The case before has the same rois here: what knows the place alone reaches in it what it reaches in the case itself.
+    if len(batch_sizes) == 2:
+        assert place["alignment_null"] == pytest.approx(place["alignment"], abs=1e-5)
+        assert place["retrieval_null"] == pytest.approx(place["retrieval"], abs=1e-5)
+        assert place["feature_alignment_null"] == pytest.approx(place["feature_alignment"], abs=1e-4)
+    alone = score(Seeing("place"), None, [{k: v[:: v.shape[0] // 2] for k, v in batches[0].items()}], config, device, nullcontext)
+    assert "alignment" in alone and not [name for name in alone if name.endswith("_null")]

@@ -52,12 +52,12 @@ METRICS = {
         Metric("feature_alignment", "the same cosine, of the encoder features that fine-tuning gets", "higher", ALIGNMENT),
         Metric("feature_retrieval", "the same retrieval, by these features", "higher", RETRIEVAL),
         Metric("alignment_null", "alignment with the same place in another case: what position alone explains", "", ALIGNMENT),
-        Metric("retrieval_null", "retrieval by the bin at the same place in another case", "", RETRIEVAL),
+        Metric("retrieval_null", "retrieval in another case, by the same place in the view", "", RETRIEVAL),
         Metric("retrieval_chance", "retrieval of guessing", "", RETRIEVAL),
         Metric("spread_start", "spread before the first step", "", SPREAD),
         Metric("effective_rank_start", "effective rank before the first step", "", RANK),
         Metric("feature_alignment_null", "feature_alignment with the same place in another case", "", ALIGNMENT),
-        Metric("feature_retrieval_null", "feature_retrieval by the same place in another case", "", RETRIEVAL),
+        Metric("feature_retrieval_null", "feature_retrieval in another case, by the same place in the view", "", RETRIEVAL),
         Metric("reconstruction_null", "the reconstruction loss of predicting every view's mean", "", LOSSES),
         Metric("contrastive_null", "the contrastive loss of telling nothing apart", "", LOSSES),
         Metric("teacher_distance", "length of student minus teacher, in lengths of the teacher's weights", "", SPREAD),
@@ -96,18 +96,10 @@ def pair_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
     return {"alignment": diagonal.mean().item(), "retrieval": hits.float().mean().item()}
 
 
-def null_metrics(first: Tensor, second: Tensor) -> dict[str, float]:
-    """``pair_metrics`` of the bins of one case and those at the same places of the next: what anything that knows only the place
-    in the view would reach. Nothing for a single case, which has no other."""
-    if len(first) < 2:
-        return {}
-    return {f"{name}_null": value for name, value in pair_metrics(first, second.roll(1, dims=0)).items()}
-
-
-def standardised(features: Tensor) -> Tensor:
-    """(B, R, D) features with mean 0 and variance 1 per channel over all bins: raw features share a large mean, so that all
-    cosines are near 1."""
-    rows = features.float().flatten(0, 1)
+def standardised(features: Tensor, by: Tensor | None = None) -> Tensor:
+    """(B, R, D) features with mean 0 and variance 1 per channel over all bins, or less the mean and divided by the standard
+    deviation of those of ``by``: raw features share a large mean, so that all cosines are near 1."""
+    rows = (features if by is None else by).float().flatten(0, 1)
     std, mean = torch.std_mean(rows, dim=0)
     return (features.float() - mean) / std.clamp_min(1e-6)
 
