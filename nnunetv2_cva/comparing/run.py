@@ -13,7 +13,7 @@ from nnunetv2_cva.comparing.arms import Arm, digest, named
 from nnunetv2_cva.comparing.design import SCRATCH, CompareRequest, Design, Job, jobs, settings_hash
 from nnunetv2_cva.comparing.job import Result, Task, finished, perform
 from nnunetv2_cva.comparing.picture import write_curves
-from nnunetv2_cva.comparing.report import as_plain, compare, main_comparisons, score, sentence, table
+from nnunetv2_cva.comparing.report import as_plain, compare, score, sentences, table
 from nnunetv2_cva.comparing.unseen import check, split
 from nnunetv2_cva.datasets.parallel import Progress, for_each
 from nnunetv2_cva.datasets.targets import FineTuned
@@ -173,10 +173,10 @@ def _report(every: Sequence[Task], arms: Sequence[Arm], design: Design, request:
     scores = {r.task.job: score(r.points) for r in results}
     names, labels = [a.name for a in arms], request.labels
     found = compare(scores, names, labels, request.seeds)
-    sentences = tuple(sentence(c, scores, labels) for c in main_comparisons(found, labels))
+    said = sentences(found, scores, labels)
     unfinished = len(every) - len(results)
     about = [{"name": a.name, "file": a.given, "sha256": a.digest, "test_cases": a.seen} for a in arms]
-    write_json(folder / JSON, as_plain(design, about, scores, found, sentences, unfinished))
+    write_json(folder / JSON, as_plain(design, about, scores, found, said, unfinished))
     if scores:
         write_curves(folder / PICTURE, scores, found, names, labels)
-    return Compared(folder, table(found, scores, names, labels) if scores else "", sentences, unfinished)
+    return Compared(folder, table(found, scores, names, labels) if scores else "", said, unfinished)
