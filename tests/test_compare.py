@@ -192,19 +192,30 @@ def test_the_start_of_a_pretraining_is_checked_and_its_start(nothing_planned, tm
     card = stage("all")
     for _ in range(between + 1):
         card = stage(0, card)
-    with pytest.raises(ValueError, match=r"first.pth, a start of w.pth, was pretrained on 52 of 52 test cases"):
+    with pytest.raises(
+        ValueError, match=r"first.pth of nnUNetTrainerCVA, a start of w.pth, was pretrained on 52 of 52 test cases"
+    ):
         checked(tmp_path, card)
     clean = "by the split of its own training"
     said = checked(tmp_path, stage(0, stage(0)))
-    assert said == f"No test case was pretrained on, {clean}; nor by first.pth, a start of w.pth, {clean}."
+    assert said == f"No test case was pretrained on, {clean}; nor by first.pth of nnUNetTrainerCVA, a start of w.pth, {clean}."
 
 
 @pytest.mark.parametrize(
     ("card", "said"),
     [
-        (without_fold(stage(0, stage(0))), "whether first.pth, a start of w.pth, was .*does not say on which fold"),
-        (stage(0, stage(0, dataset="Dataset745_OpenMind")), "whether first.pth, a start of w.pth, .*are not listed here"),
-        (stage(0, stage(0, stage(0, dataset=None))), "whether first.pth, a start of w.pth, .*are not listed here"),
+        (
+            without_fold(stage(0, stage(0))),
+            "whether first.pth of nnUNetTrainerCVA, a start of w.pth, was .*does not say on which fold",
+        ),
+        (
+            stage(0, stage(0, dataset="Dataset745_OpenMind")),
+            "whether first.pth of nnUNetTrainerCVA, a start of w.pth, .*are not listed here",
+        ),
+        (
+            stage(0, stage(0, stage(0, dataset=None))),
+            "whether first.pth of nnUNetTrainerCVA, a start of w.pth, .*are not listed here",
+        ),
         (stage(0, config={"init_from": "/there/old.pth"}), "whether old.pth, a start of w.pth, .*are not listed here"),
         (stage(0, stage(0, config={"init_from": "old.pth"})), "whether old.pth, a start of w.pth, .*are not listed here"),
         (
@@ -221,7 +232,7 @@ def test_a_start_whose_cases_are_not_known_is_warned_of(nothing_planned, tmp_pat
 def test_a_start_that_is_not_known_hides_none_that_has_seen_test_cases(nothing_planned, tmp_path):
     with pytest.raises(ValueError, match="w.pth was pretrained on 52 of 52"):
         checked(tmp_path, stage("all", stage(None)))
-    with pytest.raises(ValueError, match="first.pth, a start of w.pth, was pretrained on 52 of 52"):
+    with pytest.raises(ValueError, match="first.pth of nnUNetTrainerCVA, a start of w.pth, was pretrained on 52 of 52"):
         checked(tmp_path, stage(None, stage("all")))
 
 

@@ -79,7 +79,8 @@ def _stages(source: Source) -> list[_Stage]:
     stages = [_Stage(source.path.name, entry(card, "dataset").get("name"), card.get("fold"))]
     while card.get("started_from"):
         card = entry(card, "started_from")
-        name = f"{card.get('file', 'a file without a name')}, a start of {source.path.name},"
+        trainer = f" of {card['trainer']}" if card.get("trainer") else ""  # most files have one name
+        name = f"{card.get('file', 'a file without a name')}{trainer}, a start of {source.path.name},"
         stages.append(_Stage(name, card.get("dataset"), card.get("fold")))
     return stages
 
