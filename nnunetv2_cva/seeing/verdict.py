@@ -5,8 +5,9 @@ made to collapse. Seed 0 set the thresholds; where seeds 1 and 2 disagreed they 
 runs that learn the effective rank of the features kept at least 0.66 of the highest it had; in runs that collapse it falls to
 0.46 or less of what the untrained network has, or what the losses compare tells nothing apart, or the student parts from its
 teacher, or the views show nothing. The thresholds stand between. Runs of large networks were not recorded: there they are a
-guess. How alike unrelated bins are in the *encoder's* features is not read: of runs that learn, those of one seed have them more
-alike than the corresponding ones.
+guess. ``alignment_null`` of these recordings compared bins of the same number and not of the same place; of seed 0 the runs were
+repeated with today's, and again what collapses was called so and nothing else. How alike unrelated bins are in the *encoder's*
+features is not read: of runs that learn, those of one seed have them more alike than the corresponding ones.
 """
 
 from __future__ import annotations
