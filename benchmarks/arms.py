@@ -256,7 +256,6 @@ COMPARED = (  # experiment and recipe, experiment and recipe; the pretraining se
     ("factors", "adamw", "factors", "adamw 2 cases"),
     ("factors", "adamw", "factors", "adamw no warm-up"),
     ("factors", "adamw block 16", "labels", "paper"),
-    ("factors, stock", "adamw", "factors, stock", "adamw block 16"),
     ("long", "independent 2400", "long", "independent"),
     ("long", "independent 2400", "long", "mae 2400"),
     ("labels, nnU-Net", "independent", "labels, nnU-Net", "mae"),
@@ -265,9 +264,12 @@ COMPARED = (  # experiment and recipe, experiment and recipe; the pretraining se
     ("stock, nnU-Net", "independent", "stock, nnU-Net", "mae"),
     ("stock, nnU-Net", "adamw", "stock, nnU-Net", "misaligned"),
     ("encoder, nnU-Net", "sgd", "labels, nnU-Net", "paper"),
+    ("encoder, nnU-Net", "independent", "labels, nnU-Net", "independent"),
     ("encoder", "sgd", "quick", "sgd"),
     ("encoder", "adamw", "quick", "adamw"),
+    ("encoder", "independent", "quick", "independent"),
     ("encoder, 250 iterations of SGD", "sgd", "first", "sgd"),
+    ("encoder, 250 iterations of SGD", "independent", "first", "independent"),
 )
 
 

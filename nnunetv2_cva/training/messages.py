@@ -103,7 +103,7 @@ def short_for_sgd(config: CVAConfig) -> str:
         "the paper's recipe is meant for 62500. Measured on the hippocampus after 800 iterations, fine-tuned with AdamW on 4 "
         "labelled cases: Dice was 0.117 +- 0.178 below training from scratch (three pretrainings, ahead in 1 of 5 splits); with "
         "optimizer adamw, learning_rate 0.001, weight_decay 0.01 it was 0.023 +- 0.126 above. It was the decoder: from the "
-        "encoder alone, with a fresh decoder, it was 0.061 +- 0.135 above (two pretrainings). Between 1000 iterations and the "
+        "encoder alone, with a fresh decoder, it was 0.054 +- 0.153 above. Between 1000 iterations and the "
         "paper's 62500 nothing was measured."
     )
 
