@@ -29,7 +29,7 @@ def carried_table(found: Mapping[str, Sequence[float]], windows: int) -> str:
 def compared(table: str, sentences: Sequence[str], size: Size) -> str:
     """From scratch and from the weights, and what may be said about it."""
     head = f"Fine-tuned by stock nnU-Net for {size.fine_tuning} iterations on {size.labels} labelled cases, {size.splits} splits:"
-    return "\n".join((head, textwrap.indent(table, "  "), *(textwrap.fill(s, WIDTH) for s in sentences)))
+    return "\n".join((head, textwrap.indent(table, "  "), "", *(textwrap.fill(s, WIDTH) for s in sentences)))
 
 
 def caveats(seed: int) -> str:
