@@ -219,7 +219,6 @@ EXPERIMENTS = {
     "stock, nnU-Net": Experiment(
         "Some trainings from scratch are still empty after 800 iterations, fewer pretrained ones; area ahead.",
         (SCRATCH, "independent", "mae", "adamw", "misaligned"),
-        splits=(0, 1, 2),
         labels=(4,),
         protocol=replace(STOCK, trainer="nnUNetTrainer"),
     ),
