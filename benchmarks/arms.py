@@ -34,10 +34,8 @@ RECIPES = {
     "sgd 1e-3": Recipe({"mask_block": 16, "learning_rate": 1e-3}),
     "adamw no warm-up": Recipe({**ADAMW, "warmup_epochs": 0}),
     "adamw 400": Recipe(ADAMW, iterations=400),
-    "adamw 2400": Recipe(ADAMW, iterations=2400),
     "mae 2400": Recipe(MAE, iterations=2400),
     "independent 2400": Recipe(INDEPENDENT, iterations=2400),
-    "adamw 40 images": Recipe(ADAMW, images=40),
     "adamw 2 cases": Recipe(ADAMW, cases=2),
     # the demo's: 40 images, 2 cases a step, views of 32x40x32
     "demo": Recipe(ADAMW, iterations=400, **DEMO),
@@ -45,7 +43,6 @@ RECIPES = {
     "demo block 16": Recipe({**ADAMW, "mask_block": 16}, iterations=400, **DEMO),
     "demo independent": Recipe(INDEPENDENT, iterations=400, **DEMO),
     "demo mae": Recipe(MAE, iterations=400, **DEMO),
-    "demo no contrast": Recipe({**ADAMW, "contrastive_weight": 0.0}, iterations=400, **DEMO),
     # wider networks, for a GPU
     "wide independent": Recipe({**INDEPENDENT, **WIDE_HEADS}, widths=WIDE),
     "wide mae": Recipe({**MAE, **WIDE_HEADS}, widths=WIDE),

@@ -26,7 +26,7 @@ import windows
 from arms import DEMO, EXPERIMENTS, RECIPES, SCRATCH, WIDE, items
 from light import Protocol, Recipe
 from nulls import nulls
-from small_project import CASES, NAME, prepare, shuffled
+from small_project import CASES, NAME, made_up, prepare, shuffled
 from tables import comparisons, null_table, rows_of, table
 
 TEST = {"hippocampus": 20, "hippocampus, wide": 20, "made up": 10}  # cases in no training
@@ -42,7 +42,7 @@ class Bench:
         self.name, self.folder = data, folder
         (folder / "weights").mkdir(exist_ok=True)
         prepare(raw.resolve(), folder.resolve())
-        self.dataset = stock.made_up(folder / "pre") if data == "made up" else folder / "pre" / NAME
+        self.dataset = made_up(folder / "pre") if data == "made up" else folder / "pre" / NAME
         order, structures = shuffled(self.dataset), 5 if data == "made up" else 2
         self.test, self.rest = order[: TEST[data]], order[TEST[data] :]
         cases, keys = self.dataset / CASES, sorted(order)

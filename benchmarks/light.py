@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_project import resenc
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -77,17 +78,10 @@ class Protocol:
 
 def network(widths: tuple[int, ...], outputs: int, seed: int, deep_supervision: bool = False) -> nn.Module:
     """A ResEnc U-Net with one block per stage, initialised as nnU-Net does."""
-    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     torch.manual_seed(seed)
-    n = len(widths)
-    built = ResidualEncoderUNet(
-        1, n, widths, nn.Conv3d, 3, [1] + [2] * (n - 1), 1, outputs, 1, conv_bias=True, norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
-        deep_supervision=deep_supervision,
-    )  # fmt: skip
-    built.apply(built.initialize)
-    return built
+    return get_network_from_plans(*resenc(widths).values(), 1, outputs, deep_supervision=deep_supervision)
 
 
 def autocast() -> AbstractContextManager:

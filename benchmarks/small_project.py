@@ -1,4 +1,4 @@
-"""The project that the scripts for CPUs share: MSD Task04 (hippocampus) as nnU-Net preprocesses it, with small networks.
+"""The project that the CPU scripts share: MSD Task04 (hippocampus) as nnU-Net preprocesses it, made-up bodies, small networks.
 
 nnU-Net plans and preprocesses; a configuration "small" is a plain-conv U-Net that CPUs can bear, and every script adds its own.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from nnunetv2_cva.files import write_json
 
-NAME, PLANS = "Dataset004_Hippocampus", "nnUNetPlans"
+NAME, MADE_UP, PLANS = "Dataset004_Hippocampus", "Dataset901_MadeUp", "nnUNetPlans"
 CASES = f"{PLANS}_3d_fullres"  # nnU-Net's folder of preprocessed cases
 VIEW, FEATURES = [24, 32, 24], [8, 16, 32, 64]
 
@@ -40,6 +40,31 @@ def prepare(raw: Path, folder: Path) -> None:
     }
     write_json(plans_file, plans)
     os.environ["nnUNet_n_proc_DA"] = "0"  # one process; with NumPy's and torch's seeds a stock training is repeatable
+
+
+def made_up(preprocessed: Path, cases: int = 60) -> Path:
+    """A second dataset: the demo's anatomy (body, liver, kidneys, vessel, lesion) as nnU-Net would preprocess it, without
+    resampling; its plans are the hippocampus's."""
+    import numpy as np
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    from nnunetv2_cva.demo.anatomy import LABELS, make_case
+
+    dataset = preprocessed / MADE_UP
+    (dataset / CASES).mkdir(parents=True, exist_ok=True)
+    plans = json.loads((preprocessed / NAME / f"{PLANS}.json").read_text())
+    write_json(dataset / f"{PLANS}.json", {**plans, "dataset_name": MADE_UP})
+    about = {"channel_names": {"0": "made up"}, "labels": LABELS, "numTraining": cases, "file_ending": ".nii.gz"}
+    write_json(dataset / "dataset.json", about)
+    for number in range(cases):
+        name = dataset / CASES / f"case_{number:03d}"
+        if not name.with_suffix(".pkl").exists():
+            image, truth = make_case(0, number)
+            image = (image.astype(np.float32) - image.mean()) / image.std()
+            places = DefaultPreprocessor._sample_foreground_locations(truth[None], [*range(1, len(LABELS))])
+            nnUNetDatasetBlosc2.save_case(image[None], truth[None].astype(np.int8), {"class_locations": places}, str(name))
+    return dataset
 
 
 def resenc(widths: Sequence[int]) -> dict[str, Any]:

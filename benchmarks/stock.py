@@ -6,7 +6,6 @@ augmentation, sampling and prediction are nnU-Net's.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ import numpy as np
 import small_project
 import torch
 from light import POINTS, Protocol, Recipe, start
-from small_project import CASES, NAME, PLANS, resenc
+from small_project import PLANS, resenc
 
 from nnunetv2_cva.comparing.design import Design, Job
 from nnunetv2_cva.comparing.job import Task, perform
-from nnunetv2_cva.files import write_json
 from nnunetv2_cva.seeding import torch_seed
 
-CONFIGURATION, MADE_UP = "evidence", "Dataset901_MadeUp"
+CONFIGURATION = "evidence"
 
 
 @dataclass(frozen=True)
@@ -68,27 +66,3 @@ def fine_tune(
         "per_case": [round(float(v), 3) for v in per_case[-1]],
         "seconds": round(found.seconds, 1),
     }
-
-
-def made_up(preprocessed: Path, cases: int = 60) -> Path:
-    """The demo's anatomy (body, liver, kidneys, vessel, lesion) as nnU-Net would preprocess it, without resampling; its plans are
-    the hippocampus's, of the same spacing."""
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-
-    from nnunetv2_cva.demo.anatomy import LABELS, make_case
-
-    dataset = preprocessed / MADE_UP
-    (dataset / CASES).mkdir(parents=True, exist_ok=True)
-    plans = json.loads((preprocessed / NAME / f"{PLANS}.json").read_text())
-    write_json(dataset / f"{PLANS}.json", {**plans, "dataset_name": MADE_UP})
-    about = {"channel_names": {"0": "made up"}, "labels": LABELS, "numTraining": cases, "file_ending": ".nii.gz"}
-    write_json(dataset / "dataset.json", about)
-    for number in range(cases):
-        name = dataset / CASES / f"case_{number:03d}"
-        if not name.with_suffix(".pkl").exists():
-            image, truth = make_case(0, number)
-            image = (image.astype(np.float32) - image.mean()) / image.std()
-            places = DefaultPreprocessor._sample_foreground_locations(truth[None], [*range(1, len(LABELS))])
-            nnUNetDatasetBlosc2.save_case(image[None], truth[None].astype(np.int8), {"class_locations": places}, str(name))
-    return dataset

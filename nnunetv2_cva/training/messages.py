@@ -117,7 +117,7 @@ def short_fine_tuning(config: FinetuneConfig, stock: str) -> list[str]:
     return [
         f"WARNING: {steps} iterations of SGD at learning_rate {config.learning_rate:g}, a rate for 1000 epochs of 250: "
         "after 1500 iterations on the hippocampus (8 labelled cases, three repeats) mean Dice was 0.368 from scratch and 0.212 "
-        "pretrained, against 0.700 and 0.716 with nnU-Net's own 0.01, so train so few with nnU-Net's own "
+        "pretrained, against 0.700 and 0.716 with nnU-Net's own 0.01. Train so few with nnU-Net's own "
         f'{stock}, or set "optimizer": "adamw", "learning_rate": 0.001, "warmup_epochs": 0 in "{config.BLOCK}".'
     ]
 

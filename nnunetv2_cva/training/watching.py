@@ -63,7 +63,7 @@ def score(
             features.add(one, other, of_others)
             if config.consistency_weight > 0:
                 predicted = by_view(student(batch.views, None, batch.rois)["bins"])
-                taught = by_view(predicted.flatten(0, 1) if teacher is None else teacher(batch.views, batch.rois)["bins"])
+                taught = predicted if teacher is None else by_view(teacher(batch.views, batch.rois)["bins"])
                 if others is not None:
                     of_others = (student(others, None, rois) if teacher is None else teacher(others, rois))["bins"]
                 bins.add(predicted[0], taught[1], of_others)
